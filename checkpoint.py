@@ -1,0 +1,95 @@
+"""
+What a run leaves behind, written whole or not at all, and read without executing anything.
+
+out_dir/last.pt             everything a resume needs
+out_dir/model.safetensors   the EMA weights, and
+out_dir/config.json         all else that sampling, evaluating or sharing needs, with
+out_dir/tokenizer.json      where the tokenizer is our own
+"""
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from model import DiT, DiTConfig
+
+
+def pick_device(device):
+    """'auto' -> the best there is; any other name is checked."""
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind = device.split(':')[0]
+    if kind not in ('cuda', 'mps', 'cpu') or kind != 'cpu' and not getattr(torch, kind).is_available():
+        raise SystemExit(f"--device={device}: torch sees no such device here; 'auto' takes the best there is")
+    return device
+
+
+def pick_dtype(dtype, device):
+    """-> dtype's name, autocast context. 'auto': bf16 where the GPU has it, fp16 where not; float32 off the GPU."""
+    kind = device.split(':')[0]
+    if dtype == 'auto':  # a T4 only emulates bf16: I ask the hardware
+        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability()[0] >= 8 else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise SystemExit(f"--dtype={dtype}: it is 'float32', 'bfloat16', 'float16' or 'auto'")
+    return dtype, nullcontext() if dtype == 'float32' else torch.autocast(kind, getattr(torch, dtype))
+
+
+def write_whole(path, write):
+    """write(temporary path), then flush and rename: whoever looks sees the old file or the new one, never half."""
+    temporary = f'{path}.tmp'
+    write(temporary)
+    with open(temporary, 'rb') as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save(out_dir, state, ema, info, data_folder):
+    """state: the resume's dict of tensors and plain values; ema: the averaged DiT; info: a JSON-able dict;
+    data_folder: where the tokenizer.json is, if there is one."""
+    from safetensors.torch import save_file
+    weights = {name: p.detach().cpu().contiguous() for name, p in ema.state_dict().items()}
+    try:
+        tokenizer = os.path.join(data_folder, 'tokenizer.json')
+        if os.path.exists(tokenizer):
+            write_whole(os.path.join(out_dir, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
+        write_whole(os.path.join(out_dir, 'model.safetensors'), lambda path: save_file(weights, path))
+        write_whole(os.path.join(out_dir, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
+        write_whole(os.path.join(out_dir, 'last.pt'), lambda path: torch.save(state, path))
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        raise SystemExit(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
+
+
+def load_state(out_dir, device='cpu'):
+    """The dict that save() was given."""
+    path = os.path.join(out_dir, 'last.pt')
+    if not os.path.exists(path):
+        raise SystemExit(f'no checkpoint at {path}: train first, or name another folder with --out_dir')
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise SystemExit(f'cannot read {path}: {str(e).splitlines()[0][:200]}')
+
+
+def load_model(out_dir, weights='ema', device='cpu'):
+    """model (DiT, eval mode) and info (config.json's dict) of a trained run; weights: 'ema' or 'raw'."""
+    from safetensors.torch import load_file
+    path = os.path.join(out_dir, 'config.json')
+    if not os.path.exists(path):
+        raise SystemExit(f'no trained model in {out_dir}: run train.py first, or name its folder with --out_dir')
+    try:
+        info = json.loads(Path(path).read_text())
+        if weights == 'ema':
+            state = load_file(os.path.join(out_dir, 'model.safetensors'))
+        elif weights == 'raw':
+            state = load_state(out_dir)['weights']
+        else:
+            raise SystemExit(f"--weights is 'ema' or 'raw', not {weights!r}")
+        with torch.device('meta'):           # no memory, no random numbers: the weights come from the file
+            model = DiT(DiTConfig(**info['model']))
+        model.load_state_dict(state, assign=True)
+    except Exception as e:
+        raise SystemExit(f'cannot load the model in {out_dir}: {" ".join(str(e).split())[:300]}')
+    return model.to(device).eval().requires_grad_(False), info

@@ -1,0 +1,342 @@
+"""
+The maths of Duo that does not know the training step: noise, the diffusion transformation, losses, reverse steps.
+
+"The Diffusion Duality" (arXiv 2506.10892; equations are numbered as in its v3). A word is noised by keeping it with
+probability alpha and else drawing one of all K words; the same process falls out of a Gaussian one by argmax (the
+duality, eq. 13), so a Gaussian's softmax can stand in for its argmax while training: the curriculum.
+
+Shapes: B batch, T tokens, K vocabulary, C channels. Ids are int64; losses are in nats; alpha, dalpha, gamma are
+(B,1), or anything that broadcasts against (B,T). Randomness is torch's default generator: seed it to repeat a draw.
+"""
+from functools import partial
+from math import sqrt, pi
+
+import torch
+import torch.nn.functional as F
+from torch.special import log_ndtr, ndtri
+
+
+def wide(device):
+    """Where small float64 work runs: on the device itself, or on the CPU where there is no float64 (Apple's MPS)."""
+    return torch.device('cpu') if torch.device(device).type == 'mps' else torch.device(device)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules: how much of the clean text is left
+
+def stratified_times(u, first, count, total, low=0.0, device='cpu'):
+    """count (B,1) float64 times in [low, 1): samples first .. first+count-1 of `total` that share one offset u."""
+    i = torch.arange(first, first + count, dtype=torch.float64, device=wide(device)).unsqueeze(-1)
+    return low + (1 - low) * ((u + i) / total % 1)
+
+
+def alpha_linear(t, eps=1e-3):
+    """alpha(t) and its time derivative: the log-linear schedule, alpha = 1 - (1 - eps) t. t a tensor."""
+    return 1 - (1 - eps) * t, torch.full_like(t, eps - 1)
+
+
+def transform(gamma, vocab_size):
+    """The diffusion transformation operator (eq. 11): the alpha of the discrete process that a Gaussian one has as its
+    argmax, and d alpha / d gamma; float64, of gamma's shape. gamma is the log noise-to-signal ratio.
+
+    The true word is the argmax with probability P = int phi(z - mu) Phi(z)^(K-1) dz, mu = exp(-gamma/2). In
+    y = z - mu the integrand is smooth and over by |y| = 9, so a plain sum is exact to ten digits or more: no table.
+    """
+    K, h = vocab_size, 0.05
+    gamma = gamma.to(wide(gamma.device), torch.float64).unsqueeze(-1)
+    mu = torch.exp(-gamma / 2)
+    y = torch.arange(-9, 9 + h, h, dtype=torch.float64, device=gamma.device)
+    mass = h / sqrt(2 * pi) * torch.exp(-y * y / 2 + (K - 1) * log_ndtr(mu + y))  # (...,361)
+    alpha = (K * mass.sum(-1) - 1) / (K - 1)
+    dalpha = K / (K - 1) * (y * mass * (-mu / 2)).sum(-1)
+    return alpha, dalpha
+
+
+def gaussian(gamma):
+    """The latent's two scales, w = a x0 + s eps: a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma); float64."""
+    gamma = gamma.to(wide(gamma.device), torch.float64)
+    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise: from clean words to noisy ones
+
+def q_sample(x0, alpha, vocab_size):
+    """xt (B,T) ~ q(xt|x0) = alpha x0 + (1-alpha)/K (eq. 1): the uniform word may be x0 again."""
+    keep = torch.rand(x0.shape, device=x0.device) < alpha
+    return torch.where(keep, x0, torch.randint_like(x0, vocab_size))
+
+
+def largest_normals(shape, n, k, device):
+    """The k largest of n standard normals, descending, (*shape, k) float64, without drawing the other n - k.
+
+    The largest of n uniforms is U^(1/n), the next U'^(1/(n-1)) times that, ...; so their logs are sums of exponentials.
+    """
+    e = torch.empty(*shape, k, dtype=torch.float64, device=device).exponential_()
+    log_u = -(e / torch.arange(n, n - k, -1, device=device)).cumsum(-1)
+    return -ndtri(-torch.expm1(log_u))            # by the upper tail, where the digits are
+
+
+def other_words(x0, vocab_size, k):
+    """k distinct words other than x0, (B,T,k), each ordered choice equally likely."""
+    taken, words = x0.unsqueeze(-1), []
+    for i in range(k):
+        # the r-th word that is still free: step over the taken ones in ascending order
+        r = torch.randint_like(x0, vocab_size - 1 - i)
+        for word in taken.unbind(-1):
+            r = r + (r >= word)
+        words.append(r)
+        taken = torch.cat([taken, r.unsqueeze(-1)], dim=-1).sort(dim=-1).values
+    return torch.stack(words, dim=-1)
+
+
+def soft_tokens(x0, gamma, tau, vocab_size, k):
+    """The curriculum's input (eq. 21): softmax(w / tau) of the Gaussian latent w = a onehot(x0) + s eps.
+
+    Returns ids (B,T,k) and weights (B,T,k) float32, heaviest first, and zt (B,T) = argmax w. The k words are the true
+    one and the k-1 that got the most noise; all others carry (exactly, in expectation) what the weights lack to one.
+    Nothing of size K is made. With k = vocab_size it is the dense softmax. 2 <= k <= vocab_size.
+    """
+    n, m = vocab_size - 1, k - 1                                                  # the other words; how many I draw
+    device = wide(x0.device)
+    a, s = (v.to(device) for v in gaussian(gamma))
+    noise = largest_normals(x0.shape, n, m, device)
+    true = a + s * torch.randn(x0.shape, dtype=torch.float64, device=device)
+    w = torch.cat([true.unsqueeze(-1), s.unsqueeze(-1) * noise], dim=-1) / tau    # (B,T,k)
+    w, order = w.sort(dim=-1, descending=True)
+    ids = torch.cat([x0.unsqueeze(-1), other_words(x0, vocab_size, m)], dim=-1).gather(-1, order.to(x0.device))
+    # the n - m others are normals cut off at the smallest I drew: E[exp(b z) | z < cut] in closed form
+    b, cut = s / tau, noise[..., -1]
+    total = w.logsumexp(-1)
+    if n > m:
+        rest = torch.log(torch.tensor(n - m)) + b * b / 2 + log_ndtr(cut - b) - log_ndtr(cut)
+        total = torch.logaddexp(total, rest)
+    weights = torch.exp(w - total.unsqueeze(-1)).float()
+    return ids, weights.to(x0.device), ids[..., 0]
+
+
+def coupled_pair(x0, gamma_t, gamma_s, vocab_size):
+    """zt, zs (B,T): the argmaxes of one Gaussian path at two noise levels, sharing their noise (Algorithm 1).
+
+    Of all other words only the one with the most noise can win, and it is the same at both levels.
+    """
+    device = wide(x0.device)
+    most = largest_normals(x0.shape, vocab_size - 1, 1, device).squeeze(-1)
+    own = torch.randn(x0.shape, dtype=torch.float64, device=device)
+    other = other_words(x0, vocab_size, 1).squeeze(-1)
+
+    def argmax(gamma):
+        a, s = (v.to(device) for v in gaussian(gamma))
+        return torch.where((a + s * own > s * most).to(x0.device), x0, other)
+    return argmax(gamma_t), argmax(gamma_s)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+def nelbo(logits, xt, x0, alpha, dalpha, scale=None):
+    """Duo's Rao-Blackwellised NELBO, nats per token (eq. 17). logits (...,K); xt, x0 (...) ids; 0 < alpha < 1.
+
+    With scale (...): also scale times the gradient by the logits, in closed form (loss (...), gradient (...,K)).
+
+    The bound sums, over the words j that xt might come from, w_j (u_j - 1 - log u_j): w_j the true rate, u_j the
+    model's rate over the true one. It is the paper's in another order: no term is negative, so nothing cancels.
+    """
+    K = logits.size(-1)
+    p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    lo = 1 - alpha                       # before any cast: near alpha = 1 its digits would be lost
+    hi = K * alpha + lo                  # K q(xt|x0) of a word that is x0; lo of one that is not
+    a, da, lo, hi, r = (v.to(p.dtype).unsqueeze(-1) for v in (alpha, dalpha, lo, hi, lo / hi))  # (...,1)
+    xt, x0, Ka = xt.unsqueeze(-1), x0.unsqueeze(-1), K * a
+    same = xt == x0
+    pt, p0 = p.gather(-1, xt), p.gather(-1, x0)                      # K q(xt|.) as the model has it is Ka p + lo:
+    bt, b0 = Ka * pt + lo, Ka * p0 + lo                              # at xt, and at x0
+
+    w = torch.where(same, r, 1)                                      # the true rate, of all words but x0 ...
+    d = torch.addcmul(Ka / bt * (same.to(p.dtype) - pt), p, Ka / (w * bt))           # u - 1 = (Ka p + lo)/(w bt) - 1
+    d = d.scatter_(-1, xt, 0).scatter_(-1, x0, 0)
+    others = w * (d - torch.log1p(d)).sum(-1, keepdim=True)
+    u0 = r * b0 / bt                                                 # ... whose own is 1 / r, unless xt is x0
+    true = torch.where(same, 0, (u0 - 1 - torch.log(u0)) / r)
+    loss = (-da / Ka * (others + true)).squeeze(-1)
+    if scale is None:
+        return loss
+
+    # f_j = bt/dalpha p_j dloss/dp_j, less p_j times a constant: the softmax does not see it
+    f = torch.div(p, d.add_(1), out=d).scatter_(-1, x0, p0 * bt / (r * b0))
+    f.scatter_(-1, xt, pt + pt * K * Ka / bt * torch.where(same, (1 - pt) / hi, -pt / lo))
+    grad = torch.addcmul(f, p, -f.sum(-1, keepdim=True)).mul_(da / bt * scale.unsqueeze(-1))
+    return loss, grad.to(logits.dtype)
+
+
+def chunks(h, weight, bias, *args):
+    """Walk over tokens: yield (slice, h's rows (n,C), logits (n,K), the args' rows) for h (N,C), args (N,...), so that
+    only one chunk's logits exist at a time. The head runs in autocast's precision where that is on, else in h's."""
+    kind = h.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    n = max(64, (2 ** 28 if h.is_cuda else 2 ** 18) // weight.size(0))   # on a CPU: about what its caches hold
+    n = 2 ** (n.bit_length() - 1)        # a power of two divides most batches: one shape, one compiled kernel
+    for i in range(0, h.size(0), n):
+        s = slice(i, i + n)
+        x = h[s].to(dtype)
+        yield s, x, F.linear(x, weight, bias), [a[s] for a in args]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head, loss and all gradients in one pass: a chunk's logits are made once, used, and forgotten."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, loss_fn, token_weights, grad_scale, *args):
+        loss = token_weights.new_zeros(())
+        dh, dw, db = torch.empty_like(h), torch.zeros_like(weight), torch.zeros_like(bias)
+        for s, x, logits, (tw, *rest) in chunks(h, weight, bias, token_weights, *args):
+            each, grad = loss_fn(logits, *rest, scale=tw * grad_scale)
+            loss += tw @ each
+            dh[s] = grad @ weight.to(grad.dtype)
+            if dw.dtype == x.dtype:
+                dw.addmm_(grad.T, x)
+            else:
+                dw += grad.T @ x                                     # float32 sums of half-precision products
+            db += grad.sum(0, dtype=db.dtype)
+        ctx.save_for_backward(dh, dw, db)
+        ctx.grad_scale, ctx.rest = grad_scale, [None] * (3 + len(args))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        g = grad / ctx.grad_scale
+        return *(d * g for d in ctx.saved_tensors), *ctx.rest
+
+
+def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
+    """Mean over tokens of a loss of the logits h W^T + b, without ever holding all (B,T,K) of them.
+
+    h (B,T,C), weight (K,C), bias (K,). loss_fn(logits (n,K), *args, scale (n,)) -> loss (n,), gradient (n,K), as nelbo;
+    args broadcast over (B,T). mask (B,T): the tokens' weights, 0 leaves one out. grad_scale: a GradScaler's scale
+    (a tensor, so nobody waits for it): half-precision gradients are made at that scale and do not vanish.
+    """
+    h, *args = flatten_tokens(h, *args)
+    w = (torch.ones_like(h[:, 0]) if mask is None else mask.flatten()).to(torch.promote_types(h.dtype, torch.float32))
+    return HeadLoss.apply(h, weight, bias, loss_fn, w / w.sum().clamp(min=1e-9), grad_scale, *args)
+
+
+def head_nelbo(h, weight, bias, xt, x0, alpha, dalpha, mask=None, grad_scale=1.0, loss_fn=nelbo):
+    """nelbo straight from the trunk's output, its mean over tokens: see head_loss. loss_fn: nelbo, or it compiled."""
+    return head_loss(h, weight, bias, loss_fn, (xt, x0, alpha, dalpha), mask, grad_scale)
+
+
+@torch.no_grad()
+def head_each(h, weight, bias, loss_fn, args):
+    """Every token's loss (B,T) instead of their mean: for evaluation, no gradient."""
+    flat, *args = flatten_tokens(h, *args)
+    losses = [loss_fn(logits, *rest) for _, _, logits, rest in chunks(flat, weight, bias, *args)]
+    return torch.cat(losses).view(h.shape[:2])
+
+
+def flatten_tokens(h, *args):
+    """(B,T,...) -> (B*T,...); each arg is first broadcast over the tokens."""
+    return [a.expand(h.shape[:2] + a.shape[2:]).flatten(0, 1) for a in (h, *args)]
+
+
+def duo_nll(model, x0, t, loss_fn=nelbo):
+    """The bound's value (B,T) at times t (B,1): what is validated, whatever was trained on. One draw of the noise."""
+    alpha, dalpha = (v.float().to(x0.device) for v in alpha_linear(t))
+    xt = q_sample(x0, alpha, model.config.vocab_size)
+    return model(xt, -alpha.log(), head=partial(head_each, loss_fn=loss_fn, args=(xt, x0, alpha, dalpha)))
+
+
+@torch.no_grad()
+def evaluate(model, get_rows, n, batch_size, nll=duo_nll, rank=0, world=1):
+    """Mean negative log-likelihood per token over n rows, and its standard error, in nats: stratified times over [0,1]
+    and noise that are the same on every call. get_rows(numbers) -> x0 (B,T). The ranks share the batches."""
+    sums = 0
+    for first in range(rank * batch_size, n, world * batch_size):
+        count = min(batch_size, n - first)
+        x0 = get_rows(range(first, first + count))
+        torch.manual_seed(first)
+        t = stratified_times(0.5, first, count, n, device=x0.device)
+        each = nll(model, x0, t).mean(-1).to(wide(x0.device), torch.float64)     # (B,) one number a row
+        sums = sums + torch.stack([each.sum(), (each ** 2).sum()])
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    mean, square = (sums / n).tolist()
+    return mean, sqrt(max(0, square - mean ** 2) / max(1, n - 1))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reverse: from noise to text
+
+def posterior(probs, xt, alpha_s, alpha_t):
+    """q(xs|xt, x0 ~ probs) (B,T,K), the whole reverse distribution (eq. 5); probs (B,T,K), alphas (B,1) or numbers.
+    reverse_step draws from it without making it."""
+    K = probs.size(-1)
+    a_s, a_t = (torch.as_tensor(a, dtype=probs.dtype, device=probs.device).unsqueeze(-1) for a in (alpha_s, alpha_t))
+    a_ts = a_t / a_s
+    here = F.one_hot(xt, K).to(probs.dtype)
+    q = here * (K * a_t * probs + a_ts - a_t) + (a_s - a_t) * probs + (1 - a_ts) * (1 - a_s) / K
+    return q / q.sum(-1, keepdim=True)
+
+
+def categorical(p):
+    """One draw (...) from each row of p (...,K), which need not sum to one. Two uniform numbers a row: the first picks
+    a block of about sqrt(K) words, the second a word in it, both in float64. (The usual K float32 Gumbels cost more and
+    cut the tail off: words below 1e-7 are never drawn.)"""
+    K = p.size(-1)
+    size = int(sqrt(K))
+    full = K // size * size
+    sums = p[..., :full].unflatten(-1, (-1, size)).sum(-1, dtype=torch.float64)      # (...,blocks)
+    if full < K:
+        sums = torch.cat([sums, p[..., full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
+
+    def draw(weights):
+        cdf = weights.double().cumsum(-1)
+        u = torch.rand(cdf.shape[:-1], dtype=torch.float64, device=cdf.device).unsqueeze(-1) * cdf[..., -1:]
+        return (cdf <= u).sum(-1, keepdim=True)
+    words = draw(sums) * size + torch.arange(size, device=p.device)                  # (...,size) of the block
+    inside = p.gather(-1, words.clamp(max=K - 1)) * (words < K)
+    return words.gather(-1, draw(inside)).squeeze(-1)
+
+
+def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):
+    """xs (...) ~ kappa q(xs|xt) + (1 - kappa) [alpha_s q(x0|xt) + (1 - alpha_s)/K], x0 ~ softmax(logits (...,K)).
+
+    kappa = 1 is ancestral sampling (eq. 5), less is a Psi-sampler's step (chapter II, arXiv 2602.21185, eq. 12). Drawn
+    as the mixture it is: stay at xt, or take a word from the softmax, or any word. alphas are numbers, or float64
+    (...): their differences are small.
+    """
+    K = logits.size(-1)
+    p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    pt = K * alpha_t * p.gather(-1, xt.unsqueeze(-1)).squeeze(-1).double()
+    a_ts, total = alpha_t / alpha_s, pt + 1 - alpha_t
+    stay = kappa * (pt + a_ts - alpha_t) + (1 - kappa) * alpha_s * pt
+    word = kappa * (alpha_s - alpha_t) + (1 - kappa) * alpha_s * (1 - alpha_t)
+    u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) * total
+    anything = torch.randint_like(xt, K)
+    return torch.where(u < stay, xt, torch.where(u < stay + word, categorical(p), anything))
+
+
+def top_p_filter(logits, top_p):
+    """Keep the smallest set of words whose probability reaches top_p (the nucleus); the others get -inf."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    p = ordered.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.scatter(-1, order, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf))
+
+
+@torch.no_grad()
+def denoise(model, xt, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False, eps=1e-5):
+    """Ancestral sampling: yields xt (B,T) after each of `steps` network calls from t = 1 to eps, and once more after
+    noise removal (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as uniform noise; positions
+    where fixed (B,T) is true keep what they hold: a prompt."""
+    linear, given = model.output_layer.linear, xt
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
+    alphas = [*alpha_linear(times)[0].tolist(), 1.0]
+    for i, (alpha_t, alpha_s) in enumerate(zip(alphas, alphas[1:])):
+        sigma = -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device))
+        h, flat = flatten_tokens(model.hidden(xt, sigma), xt)
+        xs = torch.empty_like(flat)
+        for s, _, logits, (x,) in chunks(h, linear.weight, linear.bias, flat):
+            logits = logits.float() / temperature
+            if greedy and i == steps:
+                xs[s] = logits.argmax(-1)
+            else:
+                xs[s] = reverse_step(logits if top_p == 1 else top_p_filter(logits, top_p), x, alpha_s, alpha_t)
+        xt = xs.view_as(xt) if fixed is None else torch.where(fixed, given, xs.view_as(xt))
+        yield xt

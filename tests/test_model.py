@@ -1,0 +1,102 @@
+"""model.py against the authors' DiT (its weights copied in), and every recipe's model."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configurator import configure
+from model import DiT, DiTConfig
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / 'shared' / 'reference'
+RECIPES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
+VOCABULARY = {'owt': 50257, 'owt_t4': 50257, 'lm1b': 30522, 'lm1b_packed': 30522, 'stdlib': 4096}
+
+
+def published(arrays, causal=False):
+    model = DiT(DiTConfig(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_embd=64, cond_dim=32, dropout=0.0, causal=causal))
+    # names are the authors' own; their cosines are a buffer, mine are made on the way
+    model.load_state_dict({k[3:]: v for k, v in arrays.items() if k.startswith('sd/') and 'inv_freq' not in k})
+    return model.eval()
+
+
+def carried():
+    arrays = np.load(ROOT / 'tests' / 'data' / 'reference.npz')
+    return {k[4:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith('dit_')}
+
+
+def same(ours, theirs):
+    return (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_the_published_network():
+    a = carried()
+    model, sigma = published(a), a['sigma']
+    assert same(model(a['x'], sigma), a['logits'])
+    assert same(model(a['x'], torch.zeros(1, 1)), a['logits_sigma0'])
+    assert same(model(a['topk_idx'], sigma, a['topk_w']), a['logits_topk'])
+    assert same(model(a['x_soft'].softmax(-1), sigma), a['logits_soft'])
+
+
+@torch.no_grad()
+def test_the_published_causal_network_and_its_cache():
+    if not SHARED.exists():
+        pytest.skip('the causal reference arrays are not on this machine')
+    arrays = np.load(SHARED / 'dit_causal.npz')
+    a = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    model = published(a, causal=True)
+    assert same(model(a['x']), a['logits'])
+    cache = [[] for _ in model.blocks]
+    pieces = [model.hidden(a['x'][:, :5], cache=cache)] + [model.hidden(a['x'][:, i:i + 1], cache=cache) for i in range(5, 24)]
+    assert same(torch.cat(pieces, 1), model.hidden(a['x']))
+
+
+@torch.no_grad()
+def test_a_one_hot_distribution_is_an_id():
+    model = published(carried())
+    x, sigma = torch.randint(101, (3, 10)), torch.rand(3)
+    as_ids = model(x, sigma)
+    assert same(model(torch.nn.functional.one_hot(x, 101).float(), sigma), as_ids)
+    weights = torch.zeros(3, 10, 4)
+    weights[..., 2] = 1
+    ids = torch.randint(101, (3, 10, 4))
+    ids[..., 2] = x
+    assert same(model(ids, sigma, weights), as_ids)
+
+
+def test_gradients_of_the_published_network():
+    if not SHARED.exists():
+        pytest.skip('the reference gradients are not on this machine')
+    arrays = np.load(SHARED / 'dit.npz')
+    a = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    model = published(a)
+    loss = torch.nn.functional.cross_entropy(model(a['x'], a['sigma']).flatten(0, 1), a['ce_target'].flatten())
+    loss.backward()
+    assert same(loss.detach(), a['ce_loss'])
+    for name, p in model.named_parameters():
+        if f'grad/{name}' in a:
+            assert same(p.grad, a[f'grad/{name}']), name
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_every_recipe_builds_its_model(recipe):
+    settings = configure({**vars(train), '__file__': str(ROOT / 'train.py')}, [str(ROOT / 'config' / recipe)])
+    with torch.device('meta'):
+        model = DiT(DiTConfig(VOCABULARY[settings['dataset']], **{k: settings[k] for k in (
+            'block_size', 'n_layer', 'n_head', 'n_embd', 'cond_dim', 'dropout')}))
+    millions = model.num_params() / 1e6
+    if recipe.startswith('owt'):
+        assert 169 < millions < 171
+    if recipe.startswith('tiny_t4'):
+        assert 32 < millions < 34
+    if recipe.startswith(('owt', 'lm1b')):
+        assert settings['batch_size'] * settings['gradient_accumulation_steps'] == 512
+
+
+def test_a_width_the_heads_do_not_divide_is_one_line():
+    with pytest.raises(SystemExit, match='n_embd'):
+        DiT(DiTConfig(n_embd=100, n_head=8))

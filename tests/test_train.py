@@ -1,0 +1,197 @@
+"""train.py and sample.py as users run them: through the command line, in a temporary directory."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from diffusion import denoise, nelbo, soft_tokens, stratified_times, transform
+from model import DiT, DiTConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --n_embd=32 --cond_dim=16 --dropout=0.1 '
+        '--max_iters=12 --curriculum_iters=6 --eval_interval=4 --eval_iters=2 --log_interval=1 --warmup_iters=2 '
+        '--cooldown_iters=0 --num_samples=1 --sample_steps=4 --device=cpu').split()
+
+
+def run(folder, script, *args, launcher=()):
+    return subprocess.run([sys.executable, *launcher, ROOT / script, *args], cwd=folder, capture_output=True, text=True)
+
+
+def good(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def one_line(done, *words):
+    """It failed, and said so in one line that has these words."""
+    assert done.returncode != 0 and 'Traceback' not in done.stderr, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert all(word in line for word in words), line
+
+
+def log(folder, key='loss'):
+    return [r[key] for r in map(json.loads, open(folder / 'log.jsonl')) if key in r]
+
+
+def checkpoint(folder):
+    return torch.load(folder / 'last.pt', weights_only=True)
+
+
+def equal(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A folder with a small data set and a finished run."""
+    folder = tmp_path_factory.mktemp('work')
+    (folder / 'tiny.txt').write_text('\n\n'.join(f'This is line {i} of a small text, and {i * i} is its square.' for i in range(400)))
+    good(run(folder, 'prepare.py', 'tiny.txt', '--tokenizer', 'bytes'))
+    (folder / 'stdout').write_text(good(run(folder, 'train.py', *TINY)))
+    return folder
+
+
+def test_a_run_leaves_what_it_should(work):
+    out, said = work / 'out', (work / 'stdout').read_text()
+    assert 'val loss' in said and 'bits per byte' in said and said.count('-' * 80) == 1 and 'curve.png' in said
+    assert (out / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+    losses, vals = log(out), log(out, 'val_loss')
+    assert len(losses) == 12 and len(vals) == 3 and all(map(math.isfinite, losses + vals))
+    assert json.loads((out / 'config.json').read_text())['model']['n_embd'] == 32
+    state = checkpoint(out)
+    assert state['step'] == 12 and state['best'] == min(vals) == pytest.approx(state['val_loss'], abs=1e-5) or min(vals) < vals[-1]
+    assert set(state['weights']) == set(state['ema'])
+    assert not list(out.glob('*.tmp'))
+
+
+def test_a_resumed_run_is_bit_for_bit_the_run(work):
+    # stopped inside the curriculum, with dropout on and gradients accumulated
+    more = [*TINY, '--gradient_accumulation_steps=2']
+    good(run(work, 'train.py', *more, '--out_dir=whole'))
+    good(run(work, 'train.py', *more, '--out_dir=parts', '--max_iters=4'))
+    said = good(run(work, 'train.py', *more, '--out_dir=parts', '--init_from=resume'))
+    assert 'max_iters 4 -> 12' in said
+    whole, parts = checkpoint(work / 'whole'), checkpoint(work / 'parts')
+    for key in ('weights', 'ema', 'optimizer', 'scaler', 'step', 'best'):
+        assert equal(whole[key], parts[key]), key
+    assert log(work / 'whole') == log(work / 'parts') and log(work / 'whole', 'val_loss') == log(work / 'parts', 'val_loss')
+    one_line(run(work, 'train.py', *more, '--out_dir=parts', '--init_from=resume', '--n_embd=64'), 'another model', 'n_embd')
+
+    # two processes share the micro-batches of one
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    good(run(work, 'train.py', *more, '--out_dir=two', launcher=torchrun))
+    for key in ('loss', 'val_loss'):
+        assert log(work / 'two', key) == pytest.approx(log(work / 'whole', key), rel=1e-5)
+
+
+def test_an_older_run_is_set_aside_not_overwritten(work):
+    before = checkpoint(work / 'out')
+    said = good(run(work, 'train.py', *TINY, '--max_iters=1'))
+    assert 'held another run' in said
+    (aside,) = work.glob('out-*')
+    assert equal(checkpoint(aside)['weights'], before['weights']) and checkpoint(work / 'out')['step'] == 1
+    for file in (work / 'out').iterdir():
+        file.unlink()
+    (work / 'out').rmdir()
+    aside.rename(work / 'out')
+
+
+def test_sample(work):
+    said = good(run(work, 'sample.py', '--steps', '3', '--prompt', 'Ünë', '--suffix', 'end', '--num_samples=2', '--top_p=0.9'))
+    texts = said.split('-' * 80 + '\n')[1:-1]
+    assert len(texts) == 2 and all(t.strip('\n').startswith('Ünë') and t.strip('\n').endswith('end') for t in texts)
+    assert '4 network calls for 2 texts of 32 tokens' in said
+    assert run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1] == run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1]
+    frames = good(run(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--weights=raw', '--length=40', '--out=texts.txt'))
+    assert all(f'[{i}/4]' in frames for i in range(1, 5)) and (work / 'texts.txt').read_text().count('-' * 80) == 3
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--steps=0'], ['--steps']), (['--temperature=0'], ['--temperature']), (['--top_p=1.5'], ['--top_p']),
+    (['--weights=best'], ['--weights']), (['--out_dir=nowhere'], ['nowhere', 'train.py']), (['--device=tpu'], ['tpu']),
+    (['--prompt', 'x' * 40], ['--length']), (['--out=no/such/folder'], ['--out']), (['--stpes=3'], ['did you mean steps'])])
+def test_sample_refuses_in_one_line(work, args, words):
+    one_line(run(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *words)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
+    (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['scratch']),
+    (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
+def test_train_refuses_in_one_line(work, args, words):
+    one_line(run(work, 'train.py', *TINY, '--out_dir=never', *args), *words)
+    assert not (work / 'never' / 'last.pt').exists()
+
+
+def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(work):
+    (work / 'wild.py').write_text('learning_rate = 1e30\nwarmup_iters = 0\n')
+    good(run(work, 'train.py', *TINY, '--out_dir=wild', '--max_iters=4'))
+    one_line(run(work, 'train.py', *TINY, 'wild.py', '--out_dir=wild', '--init_from=resume'), 'loss is nan', 'step')
+    state = checkpoint(work / 'wild')
+    assert state['step'] == 4 and all(torch.isfinite(w).all() for w in state['weights'].values())
+
+
+def test_too_few_micro_batches_for_the_processes(work):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = run(work, 'train.py', *TINY, '--out_dir=never', launcher=torchrun)
+    assert done.returncode != 0 and 'must be a multiple of the number of processes (2)' in done.stderr
+
+# ---- train.py's functions
+
+def test_schedules(monkeypatch):
+    for name, value in dict(learning_rate=1.0, warmup_iters=9, max_iters=100, cooldown_iters=20, ema_decay=0.999).items():
+        monkeypatch.setattr(train, name, value)
+    rates = [train.learning_rate_at(i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.5) and rates[99] > 0
+    assert train.ema_decay_at(0) == 0.1 and train.ema_decay_at(10 ** 6) == 0.999
+
+
+def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
+    """As tau vanishes the network sees zt itself, and the loss is nelbo with the transformed alpha and its slope."""
+    for name, value in dict(curriculum_iters=1, tau=1e-9, gamma_min=-3.0, gamma_max=-1.0, curriculum_k=4).items():
+        monkeypatch.setattr(train, name, value)
+    model = DiT(DiTConfig(50, 8, 1, 2, 16, 8, 0.0))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
+    torch.manual_seed(5)
+    ours = train.training_loss(model, x0, u, 0, 50)
+    gamma = -3.0 + 2.0 * u
+    torch.manual_seed(5)
+    zt = soft_tokens(x0, gamma, 1e-9, 50, 4)[2]
+    alpha = transform(gamma, 50)[0]
+    slope = (transform(gamma + 1e-6, 50)[0] - alpha) / 1e-6 * 2.0
+    theirs = nelbo(model(zt, -alpha.log()), zt, x0, alpha, slope).mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert train.training_loss(model, x0, u, 1, 50).item() != pytest.approx(ours.item(), rel=1e-3)
+
+
+def test_eight_rows_are_learnt_by_heart(monkeypatch):
+    monkeypatch.setattr(train, 'curriculum_iters', 60)
+    monkeypatch.setattr(train, 'gamma_max', -1.0)
+    torch.manual_seed(0)
+    rows = torch.randint(32, (8, 12))
+    model = DiT(DiTConfig(32, 12, 2, 2, 64, 32, 0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
+    losses = []
+    for step in range(400):
+        loss = train.training_loss(model, rows.repeat(8, 1), stratified_times(torch.rand(()).item(), 0, 64, 64), step, 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.25 < losses[60] / 5             # log2(8)/12 = 0.17 nats is what there is to know
+    *_, x = denoise(model.eval(), torch.randint(32, (64, 12)), 32)
+    known = (x[:, None] == rows).all(-1).any(-1).float().mean()
+    assert known > 0.9
