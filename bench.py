@@ -75,7 +75,7 @@ def literal_reverse(logits, xt, alpha_s, alpha_t):
 # ---- the clock and the scales
 
 def memory(reset=False):
-    """Peak bytes since the last reset (that of now, with reset): CUDA's own count, or the process's; None if unknown."""
+    """Peak bytes since the last reset, or with reset those of now: CUDA's own count, or the process's; None: unknown."""
     if device.startswith('cuda'):
         peak = torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
         if reset:
@@ -166,7 +166,8 @@ if __name__ == '__main__':
     with torch.no_grad():
         logits = torch.randn(B, T, K, device=device)
         if literal:
-            rows['sampling', 'literal'] = measure('sampling, literal', lambda: literal_reverse(logits, x0, 0.6, 0.5), B * T)
+            rows['sampling', 'literal'] = measure('sampling, literal', lambda: literal_reverse(logits, x0, 0.6, 0.5),
+                                                  B * T)
         rows['sampling', 'ours'] = measure('sampling, ours', lambda: reverse_step(logits, x0, 0.6, 0.5), B * T)
         del logits
     gamma = train.gamma_min + u * (train.gamma_max - train.gamma_min)

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, K vocabulary, C channels. Ids are int64; losses are i
 (B,1), or anything that broadcasts against (B,T). Randomness is torch's default generator: seed it to repeat a draw.
 """
 from functools import partial
-from math import sqrt, pi
+from math import log, pi, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,15 @@ def q_sample(x0, alpha, vocab_size):
     return torch.where(keep, x0, torch.randint_like(x0, vocab_size))
 
 
+def corrupt(x0, alpha, vocab_size, objective='duo'):
+    """xt (B,T), sigma (B,1) that the network is told: q_sample for 'duo'; for 'mdlm' each word is kept with probability
+    alpha, else it is the mask, word number vocab_size, and the network, which can count masks, is told nothing."""
+    if objective == 'duo':
+        return q_sample(x0, alpha, vocab_size), -alpha.log()
+    keep = torch.rand(x0.shape, device=x0.device) < alpha
+    return torch.where(keep, x0, vocab_size), torch.zeros_like(alpha)
+
+
 def largest_normals(shape, n, k, device):
     """The k largest of n standard normals, descending, (*shape, k) float64, without drawing the other n - k.
 
@@ -107,7 +116,7 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
     b, cut = s / tau, noise[..., -1]
     total = w.logsumexp(-1)
     if n > m:
-        rest = torch.log(torch.tensor(n - m)) + b * b / 2 + log_ndtr(cut - b) - log_ndtr(cut)
+        rest = log(n - m) + b * b / 2 + log_ndtr(cut - b) - log_ndtr(cut)
         total = torch.logaddexp(total, rest)
     weights = torch.exp(w - total.unsqueeze(-1)).float()
     return ids, weights.to(x0.device), ids[..., 0]
@@ -164,6 +173,27 @@ def nelbo(logits, xt, x0, alpha, dalpha, scale=None):
     f.scatter_(-1, xt, pt + pt * K * Ka / bt * torch.where(same, (1 - pt) / hi, -pt / lo))
     grad = torch.addcmul(f, p, -f.sum(-1, keepdim=True)).mul_(da / bt * scale.unsqueeze(-1))
     return loss, grad.to(logits.dtype)
+
+
+def cross_entropy(logits, targets, weights, scale=None):
+    """weights (...) times -log softmax(logits)[targets]: the autoregressive loss where the weights are one. With scale
+    also the scaled gradient, as nelbo."""
+    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    targets, weights = targets.unsqueeze(-1), weights.to(logp.dtype)
+    loss = -weights * logp.gather(-1, targets).squeeze(-1)
+    if scale is None:
+        return loss
+    p = logp.exp_()
+    p.scatter_add_(-1, targets, -torch.ones_like(p[..., :1]))
+    return loss, p.mul_((weights * scale).unsqueeze(-1)).to(logits.dtype)
+
+
+def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id, scale=None):
+    """The masked-diffusion baseline's NELBO (MDLM, arXiv 2406.07524), nats per token: cross-entropy at masked words,
+    weighted by -dalpha / (1 - alpha). SUBS: the mask itself is never predicted, and a word that shows is known."""
+    weights = torch.where(xt == mask_id, -dalpha / (1 - alpha), 0)
+    columns = torch.arange(logits.size(-1), device=logits.device)
+    return cross_entropy(logits.masked_fill(columns == mask_id, -torch.inf), x0, weights, scale)
 
 
 def chunks(h, weight, bias, *args):
@@ -237,24 +267,34 @@ def flatten_tokens(h, *args):
     return [a.expand(h.shape[:2] + a.shape[2:]).flatten(0, 1) for a in (h, *args)]
 
 
-def duo_nll(model, x0, t, loss_fn=nelbo):
-    """The bound's value (B,T) at times t (B,1): what is validated, whatever was trained on. One draw of the noise."""
+def loss_of(objective, vocab_size):
+    """The loss function of logits that an objective means."""
+    return {'duo': nelbo, 'mdlm': partial(mdlm_nelbo, mask_id=vocab_size), 'ar': cross_entropy}[objective]
+
+
+def token_nll(model, x0, t, vocab_size, objective='duo', loss_fn=nelbo):
+    """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), whatever was trained on; for an
+    autoregressive model the exact (B,T-1), and t does not matter. loss_fn: loss_of(...), or it compiled."""
+    if objective == 'ar':
+        targets = x0[:, 1:]
+        return model(x0[:, :-1], head=partial(head_each, loss_fn=loss_fn, args=(targets, torch.ones_like(targets))))
     alpha, dalpha = (v.float().to(x0.device) for v in alpha_linear(t))
-    xt = q_sample(x0, alpha, model.config.vocab_size)
-    return model(xt, -alpha.log(), head=partial(head_each, loss_fn=loss_fn, args=(xt, x0, alpha, dalpha)))
+    xt, sigma = corrupt(x0, alpha, vocab_size, objective)
+    return model(xt, sigma, head=partial(head_each, loss_fn=loss_fn, args=(xt, x0, alpha, dalpha)))
 
 
 @torch.no_grad()
-def evaluate(model, get_rows, n, batch_size, nll=duo_nll, rank=0, world=1):
+def evaluate(nll, get_rows, n, batch_size, rank=0, world=1):
     """Mean negative log-likelihood per token over n rows, and its standard error, in nats: stratified times over [0,1]
-    and noise that are the same on every call. get_rows(numbers) -> x0 (B,T). The ranks share the batches."""
+    and noise that are the same on every call. nll(x0 (B,T), t (B,1)) -> (B,T); get_rows(numbers) -> x0. The ranks share
+    the batches."""
     sums = 0
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         torch.manual_seed(first)
         t = stratified_times(0.5, first, count, n, device=x0.device)
-        each = nll(model, x0, t).mean(-1).to(wide(x0.device), torch.float64)     # (B,) one number a row
+        each = nll(x0, t).mean(-1).to(wide(x0.device), torch.float64)     # (B,) one number a row
         sums = sums + torch.stack([each.sum(), (each ** 2).sum()])
     if world > 1:
         torch.distributed.all_reduce(sums)
@@ -320,23 +360,68 @@ def top_p_filter(logits, top_p):
     return logits.scatter(-1, order, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf))
 
 
+def mask_step(logits, xt, alpha_s, alpha_t, mask_id):
+    """xs (...) of MDLM's ancestral sampler: a mask becomes a word of softmax(logits (...,K+1)), itself left out, with
+    probability (alpha_s - alpha_t) / (1 - alpha_t); a word stays."""
+    move = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) * (1 - alpha_t) < alpha_s - alpha_t
+    words = categorical(logits[..., :mask_id].softmax(-1))
+    return torch.where((xt == mask_id) & move, words, xt)
+
+
 @torch.no_grad()
-def denoise(model, xt, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False, eps=1e-5):
+def denoise(model, xt, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False, mask_id=None, eps=1e-5):
     """Ancestral sampling: yields xt (B,T) after each of `steps` network calls from t = 1 to eps, and once more after
-    noise removal (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as uniform noise; positions
-    where fixed (B,T) is true keep what they hold: a prompt."""
-    linear, given = model.output_layer.linear, xt
+    noise removal (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all
+    mask_id for a masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt."""
+    linear, given, h = model.output_layer.linear, xt, None
     times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
     alphas = [*alpha_linear(times)[0].tolist(), 1.0]
     for i, (alpha_t, alpha_s) in enumerate(zip(alphas, alphas[1:])):
-        sigma = -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device))
-        h, flat = flatten_tokens(model.hidden(xt, sigma), xt)
+        if mask_id is None:
+            h = model.hidden(xt, -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device)))
+        elif h is None or changed:               # told no time, the network would only repeat itself on the same words
+            h = model.hidden(xt, torch.zeros(xt.size(0), device=xt.device))
+        flat_h, flat = flatten_tokens(h, xt)
         xs = torch.empty_like(flat)
-        for s, _, logits, (x,) in chunks(h, linear.weight, linear.bias, flat):
+        for s, _, logits, (x,) in chunks(flat_h, linear.weight, linear.bias, flat):
             logits = logits.float() / temperature
-            if greedy and i == steps:
+            if top_p < 1:
+                logits = top_p_filter(logits, top_p)
+            if mask_id is not None:
+                xs[s] = mask_step(logits, x, alpha_s, alpha_t, mask_id)
+            elif greedy and i == steps:
                 xs[s] = logits.argmax(-1)
             else:
-                xs[s] = reverse_step(logits if top_p == 1 else top_p_filter(logits, top_p), x, alpha_s, alpha_t)
-        xt = xs.view_as(xt) if fixed is None else torch.where(fixed, given, xs.view_as(xt))
+                xs[s] = reverse_step(logits, x, alpha_s, alpha_t)
+        xs = xs.view_as(xt) if fixed is None else torch.where(fixed, given, xs.view_as(xt))
+        changed = mask_id is not None and not torch.equal(xs, xt)
+        xt = xs
         yield xt
+
+
+@torch.no_grad()
+def write_on(model, xt, fixed=None, temperature=1.0, top_p=1.0):
+    """Autoregressive sampling: yields xt (B,T) after each word, from left to right; the first column is given, and so
+    is what stands where fixed (B,T) is true. Keys and values of what is written are kept, not computed again."""
+    linear, xt, cache = model.output_layer.linear, xt.clone(), [[] for _ in model.blocks]
+    for i in range(1, xt.size(1)):
+        h = model.hidden(xt[:, i - 1:i], cache=cache)[:, 0]                                    # (B,C)
+        for s, _, logits, _ in chunks(h, linear.weight, linear.bias):
+            logits = logits.float() / temperature
+            word = categorical((logits if top_p == 1 else top_p_filter(logits, top_p)).softmax(-1))
+            xt[s, i] = word if fixed is None else torch.where(fixed[s, i], xt[s, i], word)
+        yield xt.clone()
+
+
+def blank(objective, shape, vocab_size, bos_id, device='cpu'):
+    """What sampling starts from, ids of shape (B,T): random words, all masks, or a bos to write on from."""
+    if objective == 'duo':
+        return torch.randint(vocab_size, shape, device=device)
+    return torch.full(shape, vocab_size if objective == 'mdlm' else bos_id, device=device)
+
+
+def generate(model, xt, objective, vocab_size, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False):
+    """The sampler that suits the objective, from blank() on: yields xt (B,T) after each network call."""
+    if objective == 'ar':
+        return write_on(model, xt, fixed, temperature, top_p)
+    return denoise(model, xt, steps, fixed, temperature, top_p, greedy, vocab_size if objective == 'mdlm' else None)

@@ -37,7 +37,8 @@ def draw_curve(out_dir):
     end = info['settings']['curriculum_iters']
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     ax.plot(*zip(*train), color='#9ab8d8', lw=1, label='training: its own loss, raw weights')
-    ax.errorbar(*zip(*val), color='#c0392b', marker='o', ms=4, capsize=3, label='validation: discrete NELBO, EMA weights')
+    ax.errorbar(*zip(*val), color='#c0392b', marker='o', ms=4, capsize=3,
+                label='validation: discrete NELBO, EMA weights')
     if 0 < end < train[-1][0]:
         ax.axvline(end, color='gray', ls='--', lw=1)
         ax.annotate('curriculum ends', (end, 0.02), xycoords=('data', 'axes fraction'), xytext=(4, 0),

@@ -5,7 +5,6 @@ Denoise text out of pure noise, all words at once, with a model that train.py le
     python sample.py --prompt "def main():" --watch                # go on from a prompt; see the words settle
     python sample.py --prompt "def f(x):" --suffix "    return y"  # fill in what stands between the two
 """
-import sys
 import time
 
 import torch
@@ -13,12 +12,12 @@ import torch
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
 from data import load_tokenizer
-from diffusion import denoise
+from diffusion import blank, generate
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained, without averaging
-steps = 128                  # network calls in the loop; removing the last noise takes one more
+steps = 128                  # network calls in the loop; removing the last noise takes one more (AR: one a token)
 num_samples = 3
 length = 0                   # tokens in a text; 0: as many as the model was trained on
 prompt = ''                  # text to begin with; it stays as it is
@@ -42,15 +41,18 @@ def load(out_dir='out', weights='ema', device='cpu'):
     return model, load_tokenizer(info['data'], out_dir), info
 
 
-def first_noise(tokenizer, data, num_samples, length, prompt='', suffix='', device='cpu'):
-    """xt (num_samples, length) of random words around the prompt and suffix, and where those stand: fixed, a mask of
-    that shape. Trained rows begin with bos and end with eos, so a given beginning or end has that word too."""
+def first_words(tokenizer, info, num_samples, length, prompt='', suffix='', device='cpu'):
+    """xt (num_samples, length), noise around the prompt and suffix, and where those stand: fixed, a mask of that shape.
+    Trained rows begin with bos and end with eos, so a given beginning or end has that word too."""
+    data, objective = info['data'], info['objective']
+    if suffix and objective == 'ar':
+        raise SystemExit('an autoregressive model cannot look ahead to a --suffix: it takes a --prompt only')
     begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
     end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
     if len(begin) + len(end) >= length:
         raise SystemExit(f'prompt and suffix take {len(begin) + len(end)} tokens of {length}: shorten them, or give a '
                          'larger --length')
-    x = torch.randint(data['vocab_size'], (num_samples, length))
+    x = blank(objective, (num_samples, length), data['vocab_size'], data['bos_id'])
     fixed = torch.zeros_like(x, dtype=torch.bool)
     for place, ids in ((slice(0, len(begin)), begin), (slice(length - len(end), length), end)):
         x[:, place], fixed[:, place] = torch.tensor(ids, dtype=torch.long), True
@@ -71,14 +73,14 @@ if __name__ == '__main__':
         model.hidden = torch.compile(model.hidden)
     torch.manual_seed(seed)
     length = length or info['model']['block_size']
-    x, fixed = first_noise(tokenizer, info['data'], num_samples, length, prompt, suffix, device)
+    x, fixed = first_words(tokenizer, info, num_samples, length, prompt, suffix, device)
 
     began = time.time()
     with autocast:
-        for i, x in enumerate(denoise(model, x, steps, fixed, temperature, top_p, greedy), 1):
-            if watch:  # home, the text, then clear what an older one left below
-                sys.stdout.write(f'\x1b[H\x1b[2J{tokenizer.decode(x[0].tolist())}\n\n[{i}/{steps + 1}]\n')
-                sys.stdout.flush()
+        for calls, x in enumerate(generate(model, x, info['objective'], info['data']['vocab_size'], steps, fixed,
+                                           temperature, top_p, greedy), 1):
+            if watch:  # clear the terminal, write the text
+                print(f'\x1b[H\x1b[2J{tokenizer.decode(x[0].tolist())}\n\n[call {calls}]', flush=True)
     seconds = time.time() - began
     texts = [tokenizer.decode(row) for row in x.tolist()]
     if out:
@@ -91,4 +93,4 @@ if __name__ == '__main__':
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    print(f'{steps + 1} network calls for {num_samples} texts of {x.size(1)} tokens: {seconds:.1f} s')
+    print(f'{calls} network calls for {num_samples} texts of {x.size(1)} tokens: {seconds:.1f} s')

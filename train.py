@@ -29,8 +29,8 @@ from tqdm import tqdm
 from checkpoint import load_state, pick_device, pick_dtype, save
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows
-from diffusion import (alpha_linear, denoise, duo_nll, evaluate, head_nelbo, nelbo, q_sample, soft_tokens,
-                       stratified_times, transform)
+from diffusion import (alpha_linear, blank, corrupt, evaluate, generate, head_loss, loss_of, nelbo, soft_tokens,
+                       stratified_times, token_nll, transform)
 from model import DiT, DiTConfig
 
 # --- files and intervals, in steps
@@ -59,6 +59,7 @@ n_embd = 256
 cond_dim = 128               # width of the time embedding
 dropout = 0.0
 # --- diffusion
+objective = 'duo'            # or a baseline with the same trunk: 'mdlm' (masked diffusion), 'ar' (left to right)
 curriculum_iters = 400       # steps on softened Gaussian latents before the discrete ones; 0 is UDLM
 tau = 1e-3                   # the softmax's temperature meanwhile
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the window of noise it trains on
@@ -93,25 +94,29 @@ def ema_decay_at(step):
 
 
 def training_loss(model, x0, u, step, vocab_size, mask=None, grad_scale=1.0, loss_fn=nelbo):
-    """The loss of one micro-batch, a scalar. x0 (B,T) clean ids; u (B,1) float64 in [0,1), stratified.
+    """The loss of one micro-batch, a scalar. x0 (B,T) clean ids; u (B,1) float64 in [0,1), stratified; mask (B,T) or
+    None weighs the tokens; loss_fn: diffusion.loss_of(...), or it compiled.
 
-    Curriculum first, then the discrete process: two ways to make the noise, one loss.
+    Duo has two ways to make the noise, the curriculum's and the discrete one, and one loss.
     """
     # 1. NOISE: how much, and which words
-    if step < curriculum_iters:
+    if objective == 'ar':
+        x, sigma, weights = x0[:, :-1], None, None
+        args, mask = (x0[:, 1:], torch.ones_like(x0[:, 1:])), None if mask is None else mask[:, 1:]
+    elif objective == 'duo' and step < curriculum_iters:
         gamma = gamma_min + u * (gamma_max - gamma_min)
         alpha, dalpha = transform(gamma, vocab_size)
         dalpha = dalpha * (gamma_max - gamma_min)                                  # d alpha / d u
+        alpha, dalpha = alpha.float().to(x0.device), dalpha.float().to(x0.device)  # (B,1)
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)     # (B,T,k), (B,T,k), (B,T)
+        sigma, args = -alpha.log(), (xt, x0, alpha, dalpha)
     else:
-        alpha, dalpha = alpha_linear(1e-3 + (1 - 1e-3) * u)
-        xt = q_sample(x0, alpha.float().to(x0.device), vocab_size)                 # (B,T)
-        x, weights = xt, None
-    alpha, dalpha = alpha.float().to(x0.device), dalpha.float().to(x0.device)      # (B,1)
+        alpha, dalpha = (v.float().to(x0.device) for v in alpha_linear(1e-3 + (1 - 1e-3) * u))
+        xt, sigma = corrupt(x0, alpha, vocab_size, objective)                      # (B,T), (B,1)
+        x, weights, args = xt, None, (xt, x0, alpha, dalpha)
     # 2. DENOISE and 3. LOSS go together in the head, so that nobody holds a (B,T,K) tensor
-    head = partial(head_nelbo, xt=xt, x0=x0, alpha=alpha, dalpha=dalpha, mask=mask, grad_scale=grad_scale,
-                   loss_fn=loss_fn)
-    return model(x, -alpha.log(), weights, head=head)
+    head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale)
+    return model(x, sigma, weights, head=head)
 
 
 def seed_from(*numbers):
@@ -131,6 +136,8 @@ if __name__ == '__main__':
     device_type = device.split(':')[0]
     dtype, autocast = pick_dtype(dtype, device)
     torch.set_float32_matmul_precision('high')
+    if objective not in ('duo', 'mdlm', 'ar'):
+        raise SystemExit(f"--objective={objective}: it is 'duo', 'mdlm' or 'ar'")
     if gradient_accumulation_steps % world:
         raise SystemExit(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all processes) must be a '
                          f'multiple of the number of processes ({world})')
@@ -143,7 +150,8 @@ if __name__ == '__main__':
     # ---- data
     folder = os.path.join(data_dir, dataset)
     if master and dataset == 'stdlib' and not os.path.exists(folder):
-        if subprocess.run([sys.executable, os.path.join(here, 'prepare.py'), 'stdlib', '--data_dir', data_dir]).returncode:
+        prepare = [sys.executable, os.path.join(here, 'prepare.py'), 'stdlib', '--data_dir', data_dir]
+        if subprocess.run(prepare).returncode:
             raise SystemExit('the built-in text could not be prepared')
     if ddp:
         dist.barrier()
@@ -158,7 +166,8 @@ if __name__ == '__main__':
 
     # ---- model, its running average, optimiser
     torch.manual_seed(seed)
-    model = DiT(DiTConfig(vocab_size, block_size, n_layer, n_head, n_embd, cond_dim, dropout)).to(device)
+    model = DiT(DiTConfig(vocab_size + (objective == 'mdlm'), block_size, n_layer, n_head, n_embd, cond_dim, dropout,
+                          causal=objective == 'ar')).to(device)           # the mask is one word more
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
                                   weight_decay=weight_decay, fused=device_type != 'mps')
@@ -187,10 +196,9 @@ if __name__ == '__main__':
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
 
-    loss_fn = nelbo
+    loss_fn = loss_of(objective, vocab_size)
     if compile:  # the trunk in one graph, the loss in one kernel
-        model.hidden, ema.hidden = torch.compile(model.hidden), torch.compile(ema.hidden)
-        loss_fn = torch.compile(nelbo)
+        model.hidden, ema.hidden, loss_fn = (torch.compile(f) for f in (model.hidden, ema.hidden, loss_fn))
     train_model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None) if ddp else model
 
     # ---- what one sees of it
@@ -201,7 +209,8 @@ if __name__ == '__main__':
         log_path = os.path.join(out_dir, 'log.jsonl')
         lines = open(log_path).readlines() if os.path.exists(log_path) else []
         log_file = open(log_path, 'w', buffering=1)
-        log_file.writelines(line for line in lines if json.loads(line)['step'] < step)  # what I am about to do again
+        redone = lambda record: record['step'] > step - ('val_loss' in record)            # by a resumed run
+        log_file.writelines(line for line in lines if not redone(json.loads(line)))
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {device} {dtype}, '
               f'{n_train:,} rows of {block_size} ({meta["tokenizer"]}, {vocab_size} words)')
         if wandb_log:
@@ -229,8 +238,8 @@ if __name__ == '__main__':
         n = min(n_val, eval_iters * batch_size)
         rows = epoch_rows(np.arange(n), n_val, seed=0)                   # always the same ones
         with autocast:
-            nll, error = evaluate(ema, lambda i: get_batch('val', rows[i]), n, batch_size,
-                                  partial(duo_nll, loss_fn=loss_fn), rank, world)
+            nll, error = evaluate(lambda x0, t: token_nll(ema, x0, t, vocab_size, objective, loss_fn),
+                                  lambda i: get_batch('val', rows[i]), n, batch_size, rank, world)
         if not math.isfinite(nll):
             raise SystemExit(f'the validation loss is {nll} at step {step}: {out_dir} keeps the last good checkpoint')
         bpb = nll / math.log(2) * block_size / (block_size - 2) * meta['val_tokens'] / meta['val_bytes']
@@ -251,7 +260,7 @@ if __name__ == '__main__':
             val_loss = validate()
             best = min(best, val_loss)
             if master and not eval_only:
-                info = dict(objective='duo', model=asdict(model.config), data=meta, settings=settings, step=step,
+                info = dict(objective=objective, model=asdict(model.config), data=meta, settings=settings, step=step,
                             val_loss=val_loss)
                 state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                              scaler=scaler.state_dict(), best=best, **info)
@@ -289,8 +298,8 @@ if __name__ == '__main__':
                 dist.all_reduce(total)
             loss = total.item() / (step - logged)
             if not math.isfinite(loss):
-                raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if any; '
-                                 'a lower --learning_rate may help')
+                raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if there '
+                                 'is one; a lower --learning_rate may help')
             speed = (step - logged) / (time.time() - ticked)
             log(f'step {step}: loss {loss:.4f}, PPL {math.exp(min(loss, 99)):.1f}, '
                 f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left', step=step,
@@ -305,9 +314,9 @@ if __name__ == '__main__':
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
-        x = torch.randint(vocab_size, (num_samples, block_size), device=device)
+        x = blank(objective, (num_samples, block_size), vocab_size, meta['bos_id'], device)
         with autocast:
-            for x in denoise(ema, x, sample_steps):
+            for x in generate(ema, x, objective, vocab_size, sample_steps):
                 pass
         for ids in x.tolist():
             print('-' * 80, tokenizer.decode(ids), sep='\n')

@@ -1,4 +1,6 @@
 """diffusion.py against things it was not written from: the authors' arrays, enumeration, finite differences, chi-square."""
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusion import (alpha_linear, categorical, coupled_pair, denoise, evaluate, gaussian, head_each, head_nelbo,
-                       largest_normals, nelbo, other_words, posterior, q_sample, reverse_step, soft_tokens,
-                       stratified_times, top_p_filter, transform)
+from diffusion import (alpha_linear, categorical, coupled_pair, cross_entropy, denoise, evaluate, gaussian, head_each,
+                       head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, nelbo, other_words, posterior,
+                       q_sample, reverse_step, soft_tokens, stratified_times, token_nll, top_p_filter, transform,
+                       write_on)
 from model import DiT, DiTConfig
 
 REFERENCE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'data' / 'reference.npz').items()}
@@ -314,13 +317,124 @@ def test_an_exact_denoiser_samples_the_data():
         *_, x = denoise(Oracle(data.log()), torch.randint(4, (40_000, 1)), steps)
         assert fits(np.bincount(x[:, 0], minlength=4), data)
 
+# ---- the baselines
+
+def tabular(K, T, seed=0):
+    """A 'model' of T masked words: any logits for each pattern of what shows; {shown words: logits (T,K)}."""
+    torch.manual_seed(seed)
+    return {xt: torch.randn(T, K + 1, dtype=torch.float64) for xt in itertools.product(range(K + 1), repeat=T)}
+
+
+def test_cross_entropy_and_its_gradient():
+    logits, targets, weights = torch.randn(4, 9, 33, dtype=torch.float64), torch.randint(33, (4, 9)), torch.rand(4, 9).double()
+    logits.requires_grad_()
+    theirs = weights * torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view(4, 9)
+    ours, grad = cross_entropy(logits.detach(), targets, weights, scale=torch.full((4, 9), 2.0))
+    assert relative(ours, theirs) < 1e-10
+    assert (grad - torch.autograd.grad(2 * theirs.sum(), logits)[0]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize('K, T', [(2, 2), (2, 3), (3, 2)])
+def test_mdlm_nelbo_is_the_mean_over_all_orders_of_writing(K, T):
+    model, x0 = tabular(K, T), torch.arange(T) % K
+    nats = 0                                                                      # of each order, as an AR model would pay
+    for order in itertools.permutations(range(T)):
+        xt = [K] * T
+        for i in order:
+            nats -= model[tuple(xt)][i, :K].log_softmax(-1)[x0[i]].item()
+            xt[i] = x0[i].item()
+    nats /= math.factorial(T)
+    nodes, weights = np.polynomial.legendre.leggauss(16)                          # exact for these polynomials
+    bound = 0
+    for node, weight in zip(nodes, weights):
+        alpha = torch.tensor((node + 1) / 2)
+        for shown in itertools.product((0, 1), repeat=T):
+            xt = torch.where(torch.tensor(shown) == 1, x0, K)
+            q = alpha ** sum(shown) * (1 - alpha) ** (T - sum(shown))
+            loss = mdlm_nelbo(model[tuple(xt.tolist())], xt, x0, alpha.expand(T), -torch.ones(T), K)
+            bound += weight / 2 * q.item() * loss.sum().item()
+    assert bound == pytest.approx(nats, rel=1e-10)
+
+
+def test_mask_step_frequencies():
+    logits, n = torch.randn(6), 60_000                                            # five words and the mask
+    p = torch.cat([0.4 * logits[:5].softmax(-1), torch.tensor([0.6])])            # (0.6 - 0.4)/(1 - 0.4) ... of what is masked
+    xs = mask_step(logits.expand(n, 6), torch.full((n,), 5), 0.64, 0.4, 5)
+    assert fits(np.bincount(xs, minlength=6), p)
+    assert (mask_step(logits.expand(n, 6), torch.full((n,), 2), 0.64, 0.4, 5) == 2).all()
+
+
+def random_model(K, T=8, causal=False, std=0.4):
+    torch.manual_seed(1)
+    model = DiT(DiTConfig(K, T, 2, 2, 16, 8, 0.0, causal)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model
+
+
+@torch.no_grad()
+def test_masked_denoising_ends_without_masks_and_saves_calls_that_change_nothing(monkeypatch):
+    model, calls = random_model(6), []
+    hidden = model.hidden
+    model.hidden = lambda *a: (calls.append(1), hidden(*a))[1]
+    start = torch.full((2, 8), 5)
+    start[:, 0] = 3
+    torch.manual_seed(7)
+    frames = list(denoise(model, start, 200, start < 5, mask_id=5))
+    assert len(frames) == 201 and (frames[-1] < 5).all() and (frames[-1][:, 0] == 3).all() and len(calls) < 18
+    monkeypatch.setattr(torch, 'equal', lambda *a: False)
+    torch.manual_seed(7)
+    assert (torch.stack(list(denoise(model, start, 200, start < 5, mask_id=5))) == torch.stack(frames)).all()
+
+
+@torch.no_grad()
+def test_writing_on_with_a_cache_equals_writing_on_without():
+    model = random_model(20, causal=True)
+    start = torch.randint(20, (3, 8))
+    fixed = torch.zeros(3, 8, dtype=torch.bool)
+    fixed[:, 2] = True
+    torch.manual_seed(3)
+    *_, ours = write_on(model, start, fixed, temperature=0.8)
+    torch.manual_seed(3)
+    x = start.clone()
+    for i in range(1, 8):
+        word = categorical((model(x[:, :i])[:, -1] / 0.8).softmax(-1))
+        x[:, i] = torch.where(fixed[:, i], x[:, i], word)
+    assert torch.equal(ours, x) and torch.equal(ours[:, [0, 2]], start[:, [0, 2]])
+
+
 # ---- evaluation
+
+@pytest.mark.parametrize('objective', ['duo', 'mdlm'])
+@torch.no_grad()
+def test_evaluate_is_within_its_error_of_the_exact_bound(objective):
+    """K = 3, T = 2: the bound by enumerating every xt, and quadrature over t."""
+    K, x0 = 3, torch.tensor([[2, 0]])
+    model = random_model(K + (objective == 'mdlm'), T=2, std=0.15)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    exact = 0
+    for node, weight in zip(nodes, weights):
+        alpha, dalpha = alpha_linear(torch.tensor([[(node + 1) / 2]]))
+        for xt in itertools.product(range(K + (objective == 'mdlm')), repeat=2):
+            xt = torch.tensor([xt])
+            if objective == 'duo':
+                q = (alpha * (xt == x0) + (1 - alpha) / K).prod()
+                sigma = -alpha.log()
+            else:
+                q = torch.where(xt == x0, alpha, torch.where(xt == K, 1 - alpha, 0)).prod()
+                sigma = torch.zeros(1)
+            loss = loss_of(objective, K)(model(xt, sigma.float()).double(), xt, x0, alpha, dalpha)
+            exact += weight / 2 * q.item() * loss.mean().item() if q > 0 else 0
+    mean, error = evaluate(lambda x, t: token_nll(model, x, t, K, objective, loss_of(objective, K)),
+                           lambda i: x0.expand(len(i), 2), 40_000, 8000)
+    assert abs(mean - exact) < 4 * error and error < 0.05 * exact
 
 def test_evaluate_shares_batches_and_repeats_itself():
     model = DiT(DiTConfig(11, 8, 1, 2, 16, 8, 0.0)).eval()
     torch.nn.init.normal_(model.output_layer.linear.weight, std=0.3)
     x0 = torch.randint(11, (10, 8))
-    whole = evaluate(model, lambda i: x0[list(i)], 10, 4)
+    nll = lambda x, t: token_nll(model, x, t, 11)
+    whole = evaluate(nll, lambda i: x0[list(i)], 10, 4)
     torch.manual_seed(99)
-    assert whole == evaluate(model, lambda i: x0[list(i)], 10, 4)
+    assert whole == evaluate(nll, lambda i: x0[list(i)], 10, 4)
     assert whole[0] > 0 and 0 < whole[1] < whole[0]

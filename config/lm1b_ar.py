@@ -1,0 +1,7 @@
+# The autoregressive baseline on LM1B. Published: test PPL 22.3.
+from pathlib import Path
+exec((Path(__file__).parent / 'lm1b_duo.py').read_text())   # all settings of lm1b_duo.py, save these
+
+objective = 'ar'
+out_dir = 'out-lm1b-ar'
+wandb_run_name = 'lm1b-ar'

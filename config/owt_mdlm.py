@@ -1,0 +1,7 @@
+# The masked-diffusion baseline on OpenWebText. Published: validation PPL 23.2.
+from pathlib import Path
+exec((Path(__file__).parent / 'owt_duo.py').read_text())   # all settings of owt_duo.py, save these
+
+objective = 'mdlm'
+out_dir = 'out-owt-mdlm'
+wandb_run_name = 'owt-mdlm'

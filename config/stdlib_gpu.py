@@ -1,0 +1,26 @@
+# The built-in text on one GPU of 15 GB or more: about five minutes (an estimate for a T4 in fp16; not measured).
+#     python train.py config/stdlib_gpu.py
+out_dir = 'out-stdlib-gpu'
+
+batch_size = 64
+gradient_accumulation_steps = 1
+block_size = 256
+
+n_layer = 8
+n_head = 6
+n_embd = 384
+dropout = 0.1                # 2.6M tokens are seen many times: noise makes each time another, dropout helps
+
+curriculum_iters = 3000
+learning_rate = 1e-3
+max_iters = 4000
+warmup_iters = 200
+cooldown_iters = 1600
+ema_decay = 0.998
+
+eval_interval = 1000
+eval_iters = 12
+log_interval = 50
+num_samples = 3
+sample_steps = 128
+compile = True

@@ -1,0 +1,205 @@
+"""
+How good is it? The negative log-likelihood of held-out text, and what others make of its samples:
+
+    python eval.py --out_dir=out --draws=4                         # NLL, BPD, PPL with standard error, all of the split
+    torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo      # the same, shared
+    python eval.py --gen_ppl=out-ar --gen_steps=1,2,4,8,16,32,128  # samples, scored by an AR model of ours
+    python eval.py --gen_ppl=gpt2-large --gen_temperatures=0.8,0.9,1.0   # or by one of the Hugging Face hub
+
+Diffusion models get a bound (the true NLL is below it), autoregressive ones the exact value. Published bounds are the
+diffusion term alone: they leave out the prior term, KL(q(x1|x0) || uniform), which --parts adds; the reconstruction
+term is zero, as alpha(0) = 1. The last line printed is JSON; Gen-PPL also writes out_dir/gen.jsonl, for plot.py --gen.
+"""
+import json
+import math
+import os
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpoint import load_model, pick_device, pick_dtype
+from configurator import configure
+from data import get_rows, load_data, load_tokenizer, num_rows
+from diffusion import alpha_linear, blank, chunks, cross_entropy, evaluate, flatten_tokens, generate, loss_of, token_nll
+
+out_dir = 'out'              # the model to evaluate, as train.py left it
+weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
+# --- likelihood
+dataset = ''                 # a folder in data_dir; '' is the one it was trained on
+data_dir = 'data'
+split = 'val'                # 'val' or 'train'
+draws = 1                    # times and noises for each row; the error shrinks with their number
+max_rows = 0                 # of the split, evenly spaced; 0 is all
+batch_size = 16
+parts = False                # the bound's terms one by one
+# --- samples
+gen_ppl = ''                 # a judge: the folder of an AR model of ours, or a Hugging Face causal LM (name or folder)
+gen_steps = '8,32,128'       # network calls to sample with
+gen_temperatures = '1.0'     # of the sampled softmax: together with entropy, the frontier of quality and diversity
+gen_samples = 64
+gen_length = 0               # tokens in a sample; 0: as many as the model was trained on
+gen_greedy = False           # the greedy tail
+top_p = 1.0
+seed = 1337
+# --- system
+device = 'auto'
+dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
+
+
+def numbers(name, text, kind):
+    try:
+        return [kind(word) for word in text.split(',')]
+    except ValueError:
+        raise SystemExit(f'--{name}={text}: give numbers with commas between them, like 8,32')
+
+
+def prior_term(vocab_size):
+    """KL(q(x1|x0) || uniform), nats per token: what the process has not forgotten at t = 1."""
+    alpha = alpha_linear(torch.ones(1, dtype=torch.float64))[0].item()
+    true, other = alpha + (1 - alpha) / vocab_size, (1 - alpha) / vocab_size
+    return true * math.log(true * vocab_size) + (vocab_size - 1) * other * math.log(other * vocab_size)
+
+
+def likelihood(model, info, device, autocast, rank=0, world=1):
+    data, objective = info['data'], info['objective']
+    meta, tokens = load_data(os.path.join(data_dir, dataset or info['settings']['dataset']))
+    if any(meta.get(k) != data.get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
+        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained with: prepare it with that one')
+    T, K = info['model']['block_size'], data['vocab_size']
+    n_rows = num_rows(tokens[split], T)
+    rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows)).astype(np.int64)
+    n = len(rows) * draws
+    order = np.random.default_rng(seed).permutation(n)                     # rows and times must not march in step
+    fetch = lambda i: torch.from_numpy(get_rows(tokens[split], rows[order[list(i)] % len(rows)], T, meta)).to(device)
+    loss_fn = loss_of(objective, K)
+    with autocast:
+        nll, error = evaluate(lambda x0, t: token_nll(model, x0, t, K, objective, loss_fn), fetch, n, batch_size, rank, world)
+    scored = T - (objective == 'ar')                                       # AR is given the first word of a row
+    bytes_per_row = (T - 2) * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
+    result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows), draws=draws,
+                  exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
+                  ppl_error=math.exp(nll) * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
+    if parts and objective == 'duo':
+        result.update(diffusion_term=nll, prior_term=prior_term(K), reconstruction_term=0.0, bound=nll + prior_term(K))
+    return result
+
+
+def diversity(rows):
+    """Of token rows: unigram entropy (nats) of each, averaged; the share of 1- and 2-grams that are distinct; the share
+    of 4-grams that stood in the same row before."""
+    entropy, distinct = [], {n: [] for n in (1, 2, 4)}
+    for row in rows:
+        p = np.array(list(Counter(row).values())) / len(row)
+        entropy.append(-(p * np.log(p)).sum())
+        for n in distinct:
+            grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
+            distinct[n].append(len(set(grams)) / max(1, len(grams)))
+    mean = lambda v: float(np.mean(v))
+    return dict(entropy=mean(entropy), distinct_1=mean(distinct[1]), distinct_2=mean(distinct[2]), repetition=1 - mean(distinct[4]))
+
+
+def our_judge(folder, info, device):
+    """rows (N,T) of ids -> summed nats and number of tokens scored, by an AR checkpoint of ours."""
+    judge, about = load_model(folder, device=device)
+    if about['objective'] != 'ar':
+        raise SystemExit(f'--gen_ppl={folder} is a {about["objective"]} model: a judge must be autoregressive (--objective=ar)')
+    if any(about['data'].get(k) != info['data'].get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
+        raise SystemExit(f'--gen_ppl={folder} was trained with another vocabulary than {out_dir}: no fair judge')
+
+    @torch.no_grad()
+    def score(rows):
+        nats = 0.0
+        for x in torch.tensor(rows, device=device).split(batch_size):
+            nats += token_nll(judge, x, None, info['data']['vocab_size'], 'ar', cross_entropy).sum().item()
+        return nats, len(rows) * (len(rows[0]) - 1)
+    return score
+
+
+def hub_judge(name, tokenizer, device):
+    """The same by a Hugging Face causal LM: samples are decoded and tokenised anew by its own tokenizer, in windows of
+    its context; what follows the first end-of-text in a sample is not scored (the published evaluation's rules)."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise SystemExit(f'--gen_ppl={name}: no folder of ours, and a hub model needs a package: pip install transformers')
+    try:
+        words, judge = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    except Exception as e:
+        raise SystemExit(f'--gen_ppl={name}: cannot load it ({" ".join(str(e).split())[:160]})')
+
+    @torch.no_grad()
+    def score(rows):
+        nats, count = 0.0, 0
+        window = getattr(judge.config, 'max_position_embeddings', 1024)
+        for row in rows:
+            ids = torch.tensor([words(tokenizer.decode(row))['input_ids']], device=device)
+            for piece in ids.split(window, dim=1):
+                if piece.size(1) < 2:
+                    continue
+                each = torch.nn.functional.cross_entropy(judge(piece).logits[0, :-1].float(), piece[0, 1:], reduction='none')
+                ends = (piece[0, 1:] == words.eos_token_id).cumsum(0)
+                keep = (ends == 0) | (ends == 1) & (piece[0, 1:] == words.eos_token_id)   # up to the first end, with it
+                nats, count = nats + (each * keep).sum().item(), count + keep.sum().item()
+        return nats, max(1, count)
+    return score
+
+
+def samples_judged(model, info, tokenizer, device, autocast):
+    data, objective = info['data'], info['objective']
+    length = gen_length or info['model']['block_size']
+    ours = os.path.exists(os.path.join(gen_ppl, 'config.json')) and 'objective' in open(os.path.join(gen_ppl, 'config.json')).read()
+    judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, device)
+    results = []
+    for steps in numbers('gen_steps', gen_steps, int) if objective != 'ar' else [length - 1]:
+        for temperature in numbers('gen_temperatures', gen_temperatures, float):
+            torch.manual_seed(seed)
+            rows, began = [], time.time()
+            while len(rows) < gen_samples:
+                x = blank(objective, (min(batch_size, gen_samples - len(rows)), length), data['vocab_size'], data['bos_id'], device)
+                with autocast:
+                    *_, x = generate(model, x, objective, data['vocab_size'], steps, None, temperature, top_p, gen_greedy)
+                rows += x.tolist()
+            seconds = time.time() - began
+            nats, count = judge(rows)
+            results.append(dict(out_dir=out_dir, objective=objective, judge=gen_ppl, steps=steps, temperature=temperature,
+                                top_p=top_p, greedy=gen_greedy, gen_ppl=math.exp(nats / count), **diversity(rows),
+                                samples_per_s=gen_samples / seconds))
+            r = results[-1]
+            print(f'{steps:5} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, '
+                  f'distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, repetition {r["repetition"]:.3f}, '
+                  f'{r["samples_per_s"]:.2f} samples/s', flush=True)
+    with open(os.path.join(out_dir, 'gen.jsonl'), 'a') as f:
+        f.writelines(json.dumps(r) + '\n' for r in results)
+    return results
+
+
+if __name__ == '__main__':
+    globals().update(configure(globals()))
+    if split not in ('train', 'val') or draws < 1 or batch_size < 1 or gen_samples < 1:
+        raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
+    ddp = 'RANK' in os.environ
+    rank, local_rank, world = (int(os.environ.get(*d)) for d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    device = pick_device(device)
+    if ddp:
+        device = f'cuda:{local_rank}' if device == 'cuda' else device
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    dtype, autocast = pick_dtype(dtype, device)
+    model, info = load_model(out_dir, weights, device)
+    if gen_ppl:
+        result = samples_judged(model, info, load_tokenizer(info['data'], out_dir), device, autocast)
+    else:
+        result = likelihood(model, info, device, autocast, rank, world)
+        if rank == 0:
+            r = result
+            print(f'{r["rows"]} rows of {r["dataset"]}/{split}: {"" if r["exact"] else "at most "}{r["nll"]:.4f} +- '
+                  f'{r["error"]:.4f} nats per token, {r["bpd"]:.4f} bits, PPL {r["ppl"]:.2f} +- {r["ppl_error"]:.2f}, '
+                  f'{r["bits_per_byte"]:.4f} bits per byte')
+            if parts and info['objective'] == 'duo':
+                print(f'diffusion term {r["nll"]:.4f} + prior term {r["prior_term"]:.6f} + reconstruction term 0 = {r["bound"]:.4f}')
+    if rank == 0:
+        print(json.dumps(result))
+    if ddp:
+        dist.destroy_process_group()

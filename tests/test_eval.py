@@ -1,0 +1,80 @@
+"""eval.py and the baselines through the command line."""
+import json
+import math
+
+import pytest
+
+from eval import diversity, prior_term
+from helpers import TINY, good, log, one_line, run
+
+
+def last_json(said):
+    return json.loads(said.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def baselines(work):
+    for objective in ('ar', 'mdlm'):
+        good(run(work, 'train.py', *TINY, f'--objective={objective}', f'--out_dir=out-{objective}', '--max_iters=40',
+                 '--learning_rate=1e-2', '--eval_interval=40'))
+    return work
+
+
+def test_likelihood_of_each_objective(baselines):
+    for objective in ('ar', 'mdlm', 'duo'):
+        folder = 'out' if objective == 'duo' else f'out-{objective}'
+        r = last_json(good(run(baselines, 'eval.py', f'--out_dir={folder}', '--draws=2', '--parts')))
+        assert r['objective'] == objective and r['exact'] == (objective == 'ar') and r['rows'] > 8
+        assert r['ppl'] == pytest.approx(math.exp(r['nll'])) and r['bpd'] == pytest.approx(r['nll'] / math.log(2))
+        assert 0 < r['error'] < 0.5 * r['nll']
+        assert abs(r['nll'] - log(baselines / folder, 'val_loss')[-1]) < 5 * (r['error'] + log(baselines / folder, 'val_error')[-1])
+        assert ('prior_term' in r) == (objective == 'duo')
+
+
+def test_two_processes_evaluate_as_one(baselines):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    one = last_json(good(run(baselines, 'eval.py', '--max_rows=40')))
+    two = last_json(good(run(baselines, 'eval.py', '--max_rows=40', launcher=torchrun)))
+    assert two['nll'] == pytest.approx(one['nll'], rel=1e-6) and two['error'] == pytest.approx(one['error'], rel=1e-6)
+
+
+def test_samples_are_judged_by_our_own_ar_model(baselines):
+    for folder in ('out', 'out-mdlm', 'out-ar'):
+        results = last_json(good(run(baselines, 'eval.py', f'--out_dir={folder}', '--gen_ppl=out-ar', '--gen_steps=1,4',
+                                     '--gen_samples=5', '--batch_size=3', '--gen_temperatures=0.5,1')))
+        assert len(results) == (2 if folder == 'out-ar' else 4)
+        assert all(r['gen_ppl'] > 1 and 0 <= r['repetition'] < 1 and r['samples_per_s'] > 0 for r in results)
+        cold, warm = results[0], results[1]
+        assert cold['temperature'] == 0.5 and cold['entropy'] < warm['entropy'] + 0.5
+        assert len((baselines / folder / 'gen.jsonl').read_text().splitlines()) == len(results)
+
+
+def test_sampling_from_the_baselines(baselines):
+    assert '32 tokens' in good(run(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4', '--prompt=This'))
+    said = good(run(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This', '--num_samples=1'))
+    assert said.split('-' * 80 + '\n')[1].strip('\n').startswith('This') and '31 network calls' in said
+    one_line(run(baselines, 'sample.py', '--out_dir=out-ar', '--suffix=end'), 'suffix')
+
+
+def test_a_repeated_word_has_no_entropy():
+    """Why entropy stands beside Gen-PPL: a judge learns one repeated word at once, and finds it most likely."""
+    dull, rich = diversity([[7] * 64]), diversity([list(range(64))])
+    assert dull['entropy'] == 0 and dull['repetition'] > 0.9 and dull['distinct_1'] < 0.02
+    assert rich['entropy'] == pytest.approx(math.log(64)) and rich['repetition'] == 0 and rich['distinct_2'] == 1
+
+
+def test_prior_term_by_hand():
+    alpha, K = 1e-3, 4
+    q = [alpha + (1 - alpha) / K] + [(1 - alpha) / K] * (K - 1)
+    assert prior_term(K) == pytest.approx(sum(p * math.log(p * K) for p in q), rel=1e-9)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--split=test'], ['split']), (['--out_dir=nowhere'], ['nowhere']), (['--dataset=none'], ['prepare.py']),
+    (['--gen_ppl=out'], ['out', 'autoregressive']), (['--gen_ppl=out-ar', '--gen_steps=some'], ['gen_steps']),
+    (['--dataset=other'], ['tokenizer']), (['--gen_ppl=out-other'], ['vocabulary'])])
+def test_eval_refuses_in_one_line(baselines, args, words):
+    if not (baselines / 'out-other').exists():
+        good(run(baselines, 'prepare.py', 'tiny.txt', '--name=other', '--vocab_size=300'))
+        good(run(baselines, 'train.py', *TINY, '--dataset=other', '--objective=ar', '--out_dir=out-other', '--max_iters=1'))
+    one_line(run(baselines, 'eval.py', *args), *words)
