@@ -75,7 +75,7 @@ def literal_reverse(logits, xt, alpha_s, alpha_t):
 # ---- the clock and the scales
 
 def memory(reset=False):
-    """Peak bytes since the last reset, or with reset those of now: CUDA's own count, or the process's; None: unknown."""
+    """Peak bytes since the last reset, or with reset those of now: CUDA's count, or the process's; None: unknown."""
     if device.startswith('cuda'):
         peak = torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
         if reset:

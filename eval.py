@@ -67,20 +67,20 @@ def likelihood(model, info, device, autocast, rank=0, world=1):
     data, objective = info['data'], info['objective']
     meta, tokens = load_data(os.path.join(data_dir, dataset or info['settings']['dataset']))
     if any(meta.get(k) != data.get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
-        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained with: prepare it with that one')
+        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained on: prepare it with that')
     T, K = info['model']['block_size'], data['vocab_size']
     n_rows = num_rows(tokens[split], T)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows)).astype(np.int64)
     n = len(rows) * draws
     order = np.random.default_rng(seed).permutation(n)                     # rows and times must not march in step
     fetch = lambda i: torch.from_numpy(get_rows(tokens[split], rows[order[list(i)] % len(rows)], T, meta)).to(device)
-    loss_fn = loss_of(objective, K)
+    nats = lambda x0, t: token_nll(model, x0, t, K, objective, loss_of(objective, K))
     with autocast:
-        nll, error = evaluate(lambda x0, t: token_nll(model, x0, t, K, objective, loss_fn), fetch, n, batch_size, rank, world)
+        nll, error = evaluate(nats, fetch, n, batch_size, rank, world)
     scored = T - (objective == 'ar')                                       # AR is given the first word of a row
     bytes_per_row = (T - 2) * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
-    result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows), draws=draws,
-                  exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
+    result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows),
+                  draws=draws, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
                   ppl_error=math.exp(nll) * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
     if parts and objective == 'duo':
         result.update(diffusion_term=nll, prior_term=prior_term(K), reconstruction_term=0.0, bound=nll + prior_term(K))
@@ -98,14 +98,15 @@ def diversity(rows):
             grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
             distinct[n].append(len(set(grams)) / max(1, len(grams)))
     mean = lambda v: float(np.mean(v))
-    return dict(entropy=mean(entropy), distinct_1=mean(distinct[1]), distinct_2=mean(distinct[2]), repetition=1 - mean(distinct[4]))
+    return dict(entropy=mean(entropy), distinct_1=mean(distinct[1]), distinct_2=mean(distinct[2]),
+                repetition=1 - mean(distinct[4]))
 
 
 def our_judge(folder, info, device):
     """rows (N,T) of ids -> summed nats and number of tokens scored, by an AR checkpoint of ours."""
     judge, about = load_model(folder, device=device)
     if about['objective'] != 'ar':
-        raise SystemExit(f'--gen_ppl={folder} is a {about["objective"]} model: a judge must be autoregressive (--objective=ar)')
+        raise SystemExit(f'--gen_ppl={folder} is no judge: it is a {about["objective"]} model, not an autoregressive one')
     if any(about['data'].get(k) != info['data'].get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
         raise SystemExit(f'--gen_ppl={folder} was trained with another vocabulary than {out_dir}: no fair judge')
 
@@ -124,7 +125,7 @@ def hub_judge(name, tokenizer, device):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise SystemExit(f'--gen_ppl={name}: no folder of ours, and a hub model needs a package: pip install transformers')
+        raise SystemExit(f'--gen_ppl={name}: no run of ours, and a hub model needs a package: pip install transformers')
     try:
         words, judge = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).to(device).eval()
     except Exception as e:
@@ -139,9 +140,10 @@ def hub_judge(name, tokenizer, device):
             for piece in ids.split(window, dim=1):
                 if piece.size(1) < 2:
                     continue
-                each = torch.nn.functional.cross_entropy(judge(piece).logits[0, :-1].float(), piece[0, 1:], reduction='none')
-                ends = (piece[0, 1:] == words.eos_token_id).cumsum(0)
-                keep = (ends == 0) | (ends == 1) & (piece[0, 1:] == words.eos_token_id)   # up to the first end, with it
+                targets = piece[0, 1:]
+                each = cross_entropy(judge(piece).logits[0, :-1], targets, torch.ones_like(targets))
+                ends = (targets == words.eos_token_id).cumsum(0)
+                keep = (ends == 0) | (ends == 1) & (targets == words.eos_token_id)       # up to the first end, with it
                 nats, count = nats + (each * keep).sum().item(), count + keep.sum().item()
         return nats, max(1, count)
     return score
@@ -149,8 +151,9 @@ def hub_judge(name, tokenizer, device):
 
 def samples_judged(model, info, tokenizer, device, autocast):
     data, objective = info['data'], info['objective']
+    K = data['vocab_size']
     length = gen_length or info['model']['block_size']
-    ours = os.path.exists(os.path.join(gen_ppl, 'config.json')) and 'objective' in open(os.path.join(gen_ppl, 'config.json')).read()
+    ours = os.path.exists(os.path.join(gen_ppl, 'log.jsonl'))
     judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, device)
     results = []
     for steps in numbers('gen_steps', gen_steps, int) if objective != 'ar' else [length - 1]:
@@ -158,19 +161,20 @@ def samples_judged(model, info, tokenizer, device, autocast):
             torch.manual_seed(seed)
             rows, began = [], time.time()
             while len(rows) < gen_samples:
-                x = blank(objective, (min(batch_size, gen_samples - len(rows)), length), data['vocab_size'], data['bos_id'], device)
+                shape = min(batch_size, gen_samples - len(rows)), length
+                x = blank(objective, shape, K, data['bos_id'], device)
                 with autocast:
-                    *_, x = generate(model, x, objective, data['vocab_size'], steps, None, temperature, top_p, gen_greedy)
+                    *_, x = generate(model, x, objective, K, steps, None, temperature, top_p, gen_greedy)
                 rows += x.tolist()
             seconds = time.time() - began
             nats, count = judge(rows)
-            results.append(dict(out_dir=out_dir, objective=objective, judge=gen_ppl, steps=steps, temperature=temperature,
-                                top_p=top_p, greedy=gen_greedy, gen_ppl=math.exp(nats / count), **diversity(rows),
-                                samples_per_s=gen_samples / seconds))
-            r = results[-1]
-            print(f'{steps:5} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, '
-                  f'distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, repetition {r["repetition"]:.3f}, '
-                  f'{r["samples_per_s"]:.2f} samples/s', flush=True)
+            r = dict(out_dir=out_dir, objective=objective, judge=gen_ppl, steps=steps, temperature=temperature,
+                     top_p=top_p, greedy=gen_greedy, gen_ppl=math.exp(nats / count), **diversity(rows),
+                     samples_per_s=gen_samples / seconds)
+            results.append(r)
+            print(f'{steps:5} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} '
+                  f'nats, distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, '
+                  f'repetition {r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
     with open(os.path.join(out_dir, 'gen.jsonl'), 'a') as f:
         f.writelines(json.dumps(r) + '\n' for r in results)
     return results
@@ -198,7 +202,8 @@ if __name__ == '__main__':
                   f'{r["error"]:.4f} nats per token, {r["bpd"]:.4f} bits, PPL {r["ppl"]:.2f} +- {r["ppl_error"]:.2f}, '
                   f'{r["bits_per_byte"]:.4f} bits per byte')
             if parts and info['objective'] == 'duo':
-                print(f'diffusion term {r["nll"]:.4f} + prior term {r["prior_term"]:.6f} + reconstruction term 0 = {r["bound"]:.4f}')
+                print(f'diffusion term {r["nll"]:.4f} + prior term {r["prior_term"]:.6f} + reconstruction term 0 '
+                      f'= {r["bound"]:.4f}')
     if rank == 0:
         print(json.dumps(result))
     if ddp:

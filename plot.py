@@ -2,11 +2,14 @@
 Pictures of runs:
 
     python plot.py out             # out/curve.png: training and validation loss against steps; train.py ends with it
+    python plot.py out out-ar ...  # compare.png: validation perplexity against steps, tokens and time
     python plot.py --denoise out   # out/denoise.png: one text at four moments of its denoising
+    python plot.py --gen out ...   # gen.png: Gen-PPL and entropy against sampling steps, and their frontier (eval.py)
+    python plot.py --transform K   # transform-K.png: alpha(gamma) for K words, the curriculum's window, soft tokens
 """
+import argparse
 import json
 import os
-import sys
 
 import matplotlib
 matplotlib.use('Agg')
@@ -30,11 +33,16 @@ def write(fig, out_dir, name):
     print(f'wrote {path}')
 
 
+def curriculum_end(info):
+    settings = info['settings']
+    return settings['curriculum_iters'] if info['objective'] == 'duo' else 0
+
+
 def draw_curve(out_dir):
     records, info = read_run(out_dir)
     train = [(r['step'], r['loss']) for r in records if 'loss' in r]
     val = [(r['step'], r['val_loss'], r['val_error']) for r in records if 'val_loss' in r]
-    end = info['settings']['curriculum_iters']
+    end = curriculum_end(info)
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     ax.plot(*zip(*train), color='#9ab8d8', lw=1, label='training: its own loss, raw weights')
     ax.errorbar(*zip(*val), color='#c0392b', marker='o', ms=4, capsize=3,
@@ -56,15 +64,16 @@ def draw_text(ax, tokenizer, ids, final, columns, rows):
     for token, last in zip(ids, final):
         for i, piece in enumerate(tokenizer.decode([token]).split('\n')):
             row, column = (row + 1, 0) if i else (row, column)
+            piece = ''.join(c if c.isprintable() else '·' for c in piece)
             for start in range(0, len(piece), columns):
                 part = piece[start:start + columns]
                 if column + len(part) > columns:
                     row, column = row + 1, 0
                 if row < rows:
-                    ax.text(column, row, part, family='monospace', fontsize=7.5, va='top',
+                    ax.text(column, row, part, family='monospace', fontsize=8.5, va='baseline',
                             color='#1b2631' if token == last else '#d98880', parse_math=False)
                 column += len(part)
-    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    ax.set(xlim=(0, columns), ylim=(rows, -1))
     ax.axis('off')
 
 
@@ -78,20 +87,101 @@ def draw_denoising(out_dir, steps=64, seed=1337):
     torch.manual_seed(seed)
     x = torch.randint(info['data']['vocab_size'], (1, info['model']['block_size']))
     frames = [x] + list(denoise(model, x, steps))
-    fig, axes = plt.subplots(1, 4, figsize=(16, 5), layout='constrained')
-    for ax, i in zip(axes, (0, steps // 2, 3 * steps // 4, len(frames) - 1)):
-        draw_text(ax, tokenizer, frames[i][0].tolist(), frames[-1][0].tolist(), columns=58, rows=30)
-        ax.set_title(f'after {i} of {len(frames) - 1} network calls', fontsize=10, loc='left')
+    fig, axes = plt.subplots(2, 2, figsize=(13, 6), layout='constrained')
+    for ax, i in zip(axes.flat, (0, steps // 2, 3 * steps // 4, len(frames) - 1)):
+        draw_text(ax, tokenizer, frames[i][0].tolist(), frames[-1][0].tolist(), columns=90, rows=16)
+        ax.set_title(f'after {i} of {len(frames) - 1} network calls' + ' (pale: will change again)' * (i < len(frames) - 1),
+                     fontsize=10, loc='left', color='gray')
     write(fig, out_dir, 'denoise.png')
 
 
+def compare(out_dirs):
+    """Validation perplexity of several runs against steps, tokens and time; a curriculum's end is a hollow ring."""
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout='constrained')
+    for out_dir in out_dirs:
+        records, info = read_run(out_dir)
+        name, end = os.path.basename(out_dir), curriculum_end(info)
+        s, val = info['settings'], [r for r in records if 'val_loss' in r]
+        tokens = s['batch_size'] * s['gradient_accumulation_steps'] * s['block_size']
+        for ax, x in zip(axes, (lambda r: r['step'], lambda r: r['step'] * tokens / 1e6, lambda r: r['seconds'] / 60)):
+            line, = ax.plot([x(r) for r in val], [r['val_ppl'] for r in val], marker='.', label=name)
+            for r in [r for r in val if r['step'] >= end > 0][:1]:
+                ax.plot(x(r), r['val_ppl'], 'o', ms=11, mfc='none', color=line.get_color())
+    for ax, label in zip(axes, ('steps', 'million tokens', 'minutes')):
+        ax.set(xlabel=label, yscale='log')
+        ax.grid(alpha=0.3, which='both')
+    axes[0].set_ylabel('validation perplexity')
+    axes[-1].legend(frameon=False, title='ring: first point after the curriculum')
+    write(fig, '.', 'compare.png')
+
+
+def draw_gen(out_dirs):
+    """Gen-PPL and entropy against steps, and against each other (the frontier), from eval.py's gen.jsonl."""
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout='constrained')
+    for out_dir in out_dirs:
+        path = os.path.join(out_dir, 'gen.jsonl')
+        if not os.path.exists(path):
+            raise SystemExit(f'no {path}: run eval.py --out_dir={out_dir} --gen_ppl=JUDGE first')
+        with open(path) as f:
+            rows = {(r['steps'], r['temperature'], r['greedy']): r for r in map(json.loads, f)}.values()   # the newest
+        name = os.path.basename(out_dir)
+        plain = sorted((r for r in rows if r['temperature'] == 1), key=lambda r: r['steps'])
+        for ax, key in zip(axes, ('gen_ppl', 'entropy')):
+            ax.plot([r['steps'] for r in plain], [r[key] for r in plain], marker='o', label=name)
+        ranked = sorted(rows, key=lambda r: r['entropy'])
+        axes[2].plot([r['entropy'] for r in ranked], [r['gen_ppl'] for r in ranked], 'o', label=name)
+    axes[0].set(xlabel='sampling steps', ylabel='Gen-PPL', xscale='log', yscale='log')
+    axes[1].set(xlabel='sampling steps', ylabel='unigram entropy of a sample, nats', xscale='log')
+    axes[2].set(xlabel='entropy, nats (more is more diverse)', ylabel='Gen-PPL (less is likelier)', yscale='log')
+    for ax in axes:
+        ax.grid(alpha=0.3, which='both')
+    axes[0].legend(frameon=False)
+    write(fig, '.', 'gen.png')
+
+
+def draw_transform(vocab_size, window=(-3.55, -1.85), taus=(1e-3, 1e-2, 3e-2, 0.1)):
+    """alpha(gamma) of a vocabulary with the curriculum's window, and the soft tokens' weights at several tau."""
+    import torch
+    from diffusion import soft_tokens, transform
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+    gamma = torch.linspace(-6, 4, 400, dtype=torch.float64)
+    left.plot(gamma, transform(gamma, vocab_size)[0], label='alpha = T(gamma): the argmax is the true word')
+    left.plot(gamma, torch.sigmoid(-gamma).sqrt(), ls=':', label="the Gaussian's own scale of the signal")
+    left.axvspan(*window, alpha=0.15, color='C2', label=f'curriculum window {window}')
+    left.set(xlabel='gamma, log noise-to-signal ratio', ylabel='alpha', title=f'{vocab_size:,} words')
+    right.set(xlabel='rank of the word', ylabel='mean weight in the mixture', yscale='log', ylim=(1e-6, 2),
+              title='what the network sees, in the middle of the window')
+    k = min(10, vocab_size)
+    for tau in taus:
+        x0 = torch.zeros(2000, 1, dtype=torch.long)
+        weights = soft_tokens(x0, torch.full((2000, 1), sum(window) / 2), tau, vocab_size, k)[1].mean((0, 1))
+        right.plot(range(1, k + 1), weights, marker='o', label=f'tau = {tau:g}')
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=9)
+    write(fig, '.', f'transform-{vocab_size}.png')
+
+
 if __name__ == '__main__':
-    args = sys.argv[1:]
-    draw = draw_curve
-    if '--denoise' in args:
-        draw = draw_denoising
-        args.remove('--denoise')
-    if not args or args[0].startswith('-'):
-        raise SystemExit(__doc__.strip())
-    for out_dir in args:
-        draw(out_dir)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'plot.py: {message} (see --help)\n')
+    parser.add_argument('runs', nargs='*', help='folders of runs')
+    parser.add_argument('--denoise', action='store_true')
+    parser.add_argument('--gen', action='store_true')
+    parser.add_argument('--transform', type=int, metavar='K', help='a vocabulary size')
+    args = parser.parse_args()
+    if args.transform is not None:
+        if args.transform < 2:
+            parser.error(f'--transform {args.transform}: a vocabulary has two words at least')
+        draw_transform(args.transform)
+    elif not args.runs:
+        parser.error('name a run')
+    elif args.gen:
+        draw_gen(args.runs)
+    elif args.denoise:
+        for out_dir in args.runs:
+            draw_denoising(out_dir)
+    elif len(args.runs) > 1:
+        compare(args.runs)
+    else:
+        draw_curve(args.runs[0])

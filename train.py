@@ -36,9 +36,9 @@ from model import DiT, DiTConfig
 # --- files and intervals, in steps
 out_dir = 'out'
 data_dir = 'data'
-eval_interval = 500          # validate and write a checkpoint
-eval_iters = 16              # micro-batches in one validation
-log_interval = 10
+eval_interval = 600          # validate and write a checkpoint
+eval_iters = 64              # micro-batches in one validation
+log_interval = 50
 eval_only = False            # validate once and stop
 init_from = 'scratch'        # 'scratch' or 'resume'
 num_samples = 3              # texts to print at the end
@@ -49,27 +49,27 @@ wandb_project = 'nanoduo'
 wandb_run_name = 'duo'
 # --- data
 dataset = 'stdlib'           # a folder in data_dir, made by prepare.py
-batch_size = 16              # the micro-batch: rows at a time on one device
+batch_size = 8               # the micro-batch: rows at a time on one device
 gradient_accumulation_steps = 1  # micro-batches a step, over all processes; the global batch is this times batch_size
 block_size = 128             # tokens in a row
 # --- model
-n_layer = 4
+n_layer = 3
 n_head = 4
-n_embd = 256
+n_embd = 128
 cond_dim = 128               # width of the time embedding
 dropout = 0.0
 # --- diffusion
 objective = 'duo'            # or a baseline with the same trunk: 'mdlm' (masked diffusion), 'ar' (left to right)
-curriculum_iters = 400       # steps on softened Gaussian latents before the discrete ones; 0 is UDLM
+curriculum_iters = 1450      # steps on softened Gaussian latents before the discrete ones; 0 is UDLM
 tau = 1e-3                   # the softmax's temperature meanwhile
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the window of noise it trains on
-gamma_max = -1.75
+gamma_max = -2.25
 curriculum_k = 5             # words mixed at each position
 # --- optimiser: AdamW
-learning_rate = 1e-3
-max_iters = 1000
-warmup_iters = 50            # linear from zero, then constant
-cooldown_iters = 300         # then linear to zero over this many last steps; 0 for none
+learning_rate = 1.5e-3
+max_iters = 1800
+warmup_iters = 40            # linear from zero, then constant
+cooldown_iters = 700         # then linear to zero over this many last steps; 0 for none
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99
@@ -298,8 +298,8 @@ if __name__ == '__main__':
                 dist.all_reduce(total)
             loss = total.item() / (step - logged)
             if not math.isfinite(loss):
-                raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if there '
-                                 'is one; a lower --learning_rate may help')
+                raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if '
+                                 'there is one; a lower --learning_rate may help')
             speed = (step - logged) / (time.time() - ticked)
             log(f'step {step}: loss {loss:.4f}, PPL {math.exp(min(loss, 99)):.1f}, '
                 f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left', step=step,

@@ -1,12 +1,16 @@
 """diffusion.py against things it was not written from: the authors' arrays, enumeration, finite differences, chi-square."""
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
 
 from diffusion import (alpha_linear, categorical, coupled_pair, cross_entropy, denoise, evaluate, gaussian, head_each,
                        head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, nelbo, other_words, posterior,
@@ -228,6 +232,75 @@ def test_head_nelbo_gradcheck():
     x0, xt, alpha, dalpha = random_case(7, shape=(2, 3))
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (7, 4), (7,))]
     assert torch.autograd.gradcheck(lambda *a: head_nelbo(*a, xt, x0, alpha, dalpha), inputs)
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for v in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(v):
+                self.numel = max(self.numel, v.numel())
+        return out
+
+
+@pytest.mark.parametrize('objective, step', [('duo', 0), ('duo', 10), ('mdlm', 10), ('ar', 10)])
+def test_nobody_holds_all_logits(monkeypatch, objective, step):
+    monkeypatch.setattr(train, 'objective', objective)
+    monkeypatch.setattr(train, 'curriculum_iters', 5)
+    B, T, K = 4, 128, 4000
+    model = DiT(DiTConfig(K + (objective == 'mdlm'), T, 1, 2, 16, 8, 0.0, objective == 'ar'))
+    x0, u = torch.randint(K, (B, T)), stratified_times(0.5, 0, B, B)
+    with Largest() as largest:
+        train.training_loss(model, x0, u, step, K, loss_fn=loss_of(objective, K)).backward()
+        token_nll(model, x0, u, K, objective, loss_of(objective, K))
+        if objective != 'ar':
+            next(denoise(model, x0, 4, mask_id=K if objective == 'mdlm' else None))
+    assert K * 16 < largest.numel < B * T * K / 4
+    with Largest() as largest:                                                    # the watch can see one
+        model(x0, torch.zeros(B))
+    assert largest.numel >= B * T * K
+
+
+def test_compiled_equals_eager():
+    if shutil.which('g++') is None:
+        pytest.skip('torch.compile needs a C++ compiler')
+    K = 301
+    x0, xt, alpha, dalpha = random_case(K, shape=(2, 40))
+    model = random_model(K, T=40, std=0.2)
+    results = []
+    for wrap in (lambda f: f, torch.compile):
+        hidden, loss_fn = wrap(model.hidden), wrap(nelbo)
+        linear = model.output_layer.linear
+        loss = head_nelbo(hidden(xt, -alpha.log()), linear.weight, linear.bias, xt, x0, alpha, dalpha, loss_fn=loss_fn)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for eager, compiled in zip(*results):
+        assert (eager - compiled).abs().max() < 1e-4 * eager.abs().max()
+
+
+def test_fp16_gradients_are_made_at_the_scalers_scale():
+    """The 170M model's vocabulary and a long row: unscaled, a mean over so many tokens underflows in fp16."""
+    K, T = 50257, 96
+    h = torch.randn(1, T, 16)
+    weight, bias = torch.zeros(K, 16), torch.zeros(K)                              # as at the start of a training
+    x0, xt, alpha, dalpha = random_case(K, shape=(1, T))
+    grads = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0 ** 16)):
+        inputs = [v.to(v.dtype).clone().requires_grad_() for v in (h, weight, bias)]
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = head_nelbo(*inputs, xt, x0, alpha, dalpha, grad_scale=torch.tensor(scale))
+        assert torch.isfinite(loss)
+        (loss * scale).backward()
+        grads.append([v.grad / scale for v in inputs[1:]])
+    for exact, half in zip(*grads):
+        assert torch.isfinite(half).all() and (half - exact).abs().max() < 5e-3 * exact.abs().max()
+        lost = (half == 0) & (exact.abs() > 1e-6 * exact.abs().max())
+        assert lost.float().mean() < 0.01
+    with torch.autocast('cpu', torch.float16):                                     # too large a scale shows: a step to skip
+        inputs = [v.clone().requires_grad_() for v in (h, weight, bias)]
+        (head_nelbo(*inputs, xt, x0, alpha, dalpha, grad_scale=torch.tensor(2.0 ** 40)) * 2.0 ** 40).backward()
+    assert not torch.isfinite(inputs[1].grad).all()
 
 # ---- reverse
 

@@ -92,6 +92,12 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(work):
     assert state['step'] == 4 and all(torch.isfinite(w).all() for w in state['weights'].values())
 
 
+def test_half_precision_with_a_scaler(work):
+    said = good(run(work, 'train.py', *TINY, '--dtype=float16', '--out_dir=half'))
+    assert 'cpu float16' in said and all(map(math.isfinite, log(work / 'half')))
+    assert checkpoint(work / 'half')['scaler']['scale'] > 1
+
+
 def test_too_few_micro_batches_for_the_processes(work):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = run(work, 'train.py', *TINY, '--out_dir=never', launcher=torchrun)
