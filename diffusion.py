@@ -196,6 +196,20 @@ def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id, scale=None):
     return cross_entropy(logits.masked_fill(columns == mask_id, -torch.inf), x0, weights, scale)
 
 
+def teacher_kl(logits, h, weight, bias, scale=None):
+    """KL(student || teacher), nats per token (eq. 23; the direction of the published code): logits (...,K) are the
+    student's; the teacher's come from its trunk's output h (...,C) and its head, here, so that nobody keeps them. With
+    scale also the scaled gradient by the student's logits, as nelbo."""
+    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    teacher = F.linear(*(v.to(logits.dtype) for v in (h, weight, bias)))
+    logq = teacher.log_softmax(-1, dtype=logp.dtype)
+    p, ratio = logp.exp(), logp - logq
+    loss = (p * ratio).sum(-1)
+    if scale is None:
+        return loss
+    return loss, (p * (ratio - loss.unsqueeze(-1)) * scale.unsqueeze(-1)).to(logits.dtype)
+
+
 def chunks(h, weight, bias, *args):
     """Walk over tokens: yield (slice, h's rows (n,C), logits (n,K), the args' rows) for h (N,C), args (N,...), so that
     only one chunk's logits exist at a time. The head runs in autocast's precision where that is on, else in h's."""

@@ -67,7 +67,7 @@ def likelihood(model, info, device, autocast, rank=0, world=1):
     data, objective = info['data'], info['objective']
     meta, tokens = load_data(os.path.join(data_dir, dataset or info['settings']['dataset']))
     if any(meta.get(k) != data.get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
-        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained on: prepare it with that')
+        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained on: prepare it anew')
     T, K = info['model']['block_size'], data['vocab_size']
     n_rows = num_rows(tokens[split], T)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows)).astype(np.int64)
@@ -106,7 +106,7 @@ def our_judge(folder, info, device):
     """rows (N,T) of ids -> summed nats and number of tokens scored, by an AR checkpoint of ours."""
     judge, about = load_model(folder, device=device)
     if about['objective'] != 'ar':
-        raise SystemExit(f'--gen_ppl={folder} is no judge: it is a {about["objective"]} model, not an autoregressive one')
+        raise SystemExit(f'--gen_ppl={folder} is no judge: a {about["objective"]} model, not an autoregressive one')
     if any(about['data'].get(k) != info['data'].get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
         raise SystemExit(f'--gen_ppl={folder} was trained with another vocabulary than {out_dir}: no fair judge')
 

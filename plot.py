@@ -90,8 +90,8 @@ def draw_denoising(out_dir, steps=64, seed=1337):
     fig, axes = plt.subplots(2, 2, figsize=(13, 6), layout='constrained')
     for ax, i in zip(axes.flat, (0, steps // 2, 3 * steps // 4, len(frames) - 1)):
         draw_text(ax, tokenizer, frames[i][0].tolist(), frames[-1][0].tolist(), columns=90, rows=16)
-        ax.set_title(f'after {i} of {len(frames) - 1} network calls' + ' (pale: will change again)' * (i < len(frames) - 1),
-                     fontsize=10, loc='left', color='gray')
+        pale = ' (pale: will change again)' if i < len(frames) - 1 else ''
+        ax.set_title(f'after {i} of {len(frames) - 1} network calls{pale}', fontsize=10, loc='left', color='gray')
     write(fig, out_dir, 'denoise.png')
 
 

@@ -26,11 +26,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import load_state, pick_device, pick_dtype, save
+from checkpoint import load_model, load_state, pick_device, pick_dtype, save
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows
-from diffusion import (alpha_linear, blank, corrupt, evaluate, generate, head_loss, loss_of, nelbo, soft_tokens,
-                       stratified_times, token_nll, transform)
+from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of, nelbo,
+                       soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
 
 # --- files and intervals, in steps
@@ -40,7 +40,7 @@ eval_interval = 600          # validate and write a checkpoint
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50
 eval_only = False            # validate once and stop
-init_from = 'scratch'        # 'scratch' or 'resume'
+init_from = 'scratch'        # 'scratch', 'resume', or the folder of a run whose averaged weights to start from
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
 # --- wandb
@@ -59,12 +59,14 @@ n_embd = 128
 cond_dim = 128               # width of the time embedding
 dropout = 0.0
 # --- diffusion
-objective = 'duo'            # or a baseline with the same trunk: 'mdlm' (masked diffusion), 'ar' (left to right)
+objective = 'duo'            # 'dcd' distils a Duo (init_from); baselines: 'mdlm' (masked), 'ar' (left to right)
 curriculum_iters = 1450      # steps on softened Gaussian latents before the discrete ones; 0 is UDLM
 tau = 1e-3                   # the softmax's temperature meanwhile
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the window of noise it trains on
 gamma_max = -2.25
 curriculum_k = 5             # words mixed at each position
+dcd_round_iters = 10_000     # distillation: then the teacher becomes the student, and its lead of 1/512 doubles
+dcd_teacher = 'student'      # what it becomes: 'student', or 'ema', the student's average (Algorithm 2)
 # --- optimiser: AdamW
 learning_rate = 1.5e-3
 max_iters = 1800
@@ -119,6 +121,24 @@ def training_loss(model, x0, u, step, vocab_size, mask=None, grad_scale=1.0, los
     return model(x, sigma, weights, head=head)
 
 
+def distillation_loss(model, teacher, x0, u, step, vocab_size, grad_scale=1.0, loss_fn=teacher_kl):
+    """Discrete consistency distillation (Algorithm 1), a scalar: the student, at a noisy zt, is to say what the teacher
+    says at a slightly cleaner zs of the same Gaussian path. Their distance delta doubles every round."""
+    # 1. NOISE: one path at two times
+    delta = 2 ** (step // dcd_round_iters) / 512
+    t = (1e-3 + (1 - 1e-3) * u + delta).clamp(max=1)                               # (B,1) float64
+    gammas = [-4 + 3 * v for v in (t, t - delta)]
+    zt, zs = coupled_pair(x0, *gammas, vocab_size)                                 # (B,T), (B,T)
+    sigma_t, sigma_s = (-transform(gamma, vocab_size)[0].log().float().to(x0.device) for gamma in gammas)
+    # 2. DENOISE twice; the teacher learns nothing
+    with torch.no_grad():
+        h = teacher.hidden(zs, sigma_s)                                            # (B,T,C)
+    # 3. LOSS: both heads, a few tokens at a time
+    last = teacher.output_layer.linear
+    loss_fn = partial(loss_fn, weight=last.weight, bias=last.bias)
+    return model(zt, sigma_t, head=partial(head_loss, loss_fn=loss_fn, args=(h,), grad_scale=grad_scale))
+
+
 def seed_from(*numbers):
     """One well-mixed seed from several small numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
@@ -136,8 +156,12 @@ if __name__ == '__main__':
     device_type = device.split(':')[0]
     dtype, autocast = pick_dtype(dtype, device)
     torch.set_float32_matmul_precision('high')
-    if objective not in ('duo', 'mdlm', 'ar'):
-        raise SystemExit(f"--objective={objective}: it is 'duo', 'mdlm' or 'ar'")
+    for name, value, known in (('objective', objective, ('duo', 'dcd', 'mdlm', 'ar')),
+                               ('dcd_teacher', dcd_teacher, ('student', 'ema'))):
+        if value not in known:
+            raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
+    if objective == 'dcd' and init_from == 'scratch':
+        raise SystemExit('distillation starts from a trained Duo: name its folder with --init_from')
     if gradient_accumulation_steps % world:
         raise SystemExit(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all processes) must be a '
                          f'multiple of the number of processes ({world})')
@@ -166,12 +190,14 @@ if __name__ == '__main__':
 
     # ---- model, its running average, optimiser
     torch.manual_seed(seed)
+    kind = 'duo' if objective == 'dcd' else objective                     # a distilled Duo is a Duo
     model = DiT(DiTConfig(vocab_size + (objective == 'mdlm'), block_size, n_layer, n_head, n_embd, cond_dim, dropout,
                           causal=objective == 'ar')).to(device)           # the mask is one word more
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
                                   weight_decay=weight_decay, fused=device_type != 'mps')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    teacher = copy.deepcopy(ema) if objective == 'dcd' else None
     step, best = 0, math.inf
 
     if init_from == 'resume':
@@ -188,17 +214,26 @@ if __name__ == '__main__':
         optimizer.load_state_dict(state['optimizer'])
         scaler.load_state_dict(state['scaler'])
         step, best = state['step'], state['best']
+        if teacher:
+            teacher.load_state_dict(state['teacher'])
         del state
     elif init_from != 'scratch':
-        raise SystemExit(f"--init_from={init_from}: it is 'scratch' or 'resume'")
-    elif master and not eval_only and os.path.exists(os.path.join(out_dir, 'last.pt')):
+        trained, info = load_model(init_from, device=device)
+        if (asdict(trained.config) != asdict(model.config) | {'dropout': trained.config.dropout}
+                or info['data']['tokenizer_sha256'] != meta['tokenizer_sha256']):
+            raise SystemExit(f'{init_from} holds another model or tokenizer ({trained.config}): give the same')
+        model.load_state_dict(trained.state_dict())
+        ema.load_state_dict(trained.state_dict())
+    if master and init_from != 'resume' and not eval_only and os.path.exists(os.path.join(out_dir, 'last.pt')):
         aside = time.strftime(f'{out_dir.rstrip("/")}-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
 
-    loss_fn = loss_of(objective, vocab_size)
+    loss_fn, distil_fn = loss_of(kind, vocab_size), teacher_kl
     if compile:  # the trunk in one graph, the loss in one kernel
-        model.hidden, ema.hidden, loss_fn = (torch.compile(f) for f in (model.hidden, ema.hidden, loss_fn))
+        loss_fn, distil_fn = torch.compile(loss_fn), torch.compile(distil_fn)
+        for m in filter(None, (model, ema, teacher)):
+            m.hidden = torch.compile(m.hidden)
     train_model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None) if ddp else model
 
     # ---- what one sees of it
@@ -238,7 +273,7 @@ if __name__ == '__main__':
         n = min(n_val, eval_iters * batch_size)
         rows = epoch_rows(np.arange(n), n_val, seed=0)                   # always the same ones
         with autocast:
-            nll, error = evaluate(lambda x0, t: token_nll(ema, x0, t, vocab_size, objective, loss_fn),
+            nll, error = evaluate(lambda x0, t: token_nll(ema, x0, t, vocab_size, kind, loss_fn),
                                   lambda i: get_batch('val', rows[i]), n, batch_size, rank, world)
         if not math.isfinite(nll):
             raise SystemExit(f'the validation loss is {nll} at step {step}: {out_dir} keeps the last good checkpoint')
@@ -260,15 +295,17 @@ if __name__ == '__main__':
             val_loss = validate()
             best = min(best, val_loss)
             if master and not eval_only:
-                info = dict(objective=objective, model=asdict(model.config), data=meta, settings=settings, step=step,
+                info = dict(objective=kind, model=asdict(model.config), data=meta, settings=settings, step=step,
                             val_loss=val_loss)
                 state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                             scaler=scaler.state_dict(), best=best, **info)
+                             scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, **info)
                 save(out_dir, state, ema, info, folder)
             ticked += time.time() - paused
         if done or eval_only:
             break
 
+        if teacher and step % dcd_round_iters == 0:                      # a round begins
+            teacher.load_state_dict((ema if dcd_teacher == 'ema' else model).state_dict())
         for group in optimizer.param_groups:
             group['lr'] = learning_rate_at(step)
         offset = np.random.default_rng([seed, step]).random()            # stratifies the times of all the step's rows
@@ -278,9 +315,13 @@ if __name__ == '__main__':
             x0 = get_batch('train', epoch_rows(step * n + first + np.arange(batch_size), n_train, seed))
             u = stratified_times(offset, first, batch_size, n, device=device)
             last = m + world >= gradient_accumulation_steps
+            grad_scale = scaler.scale(one)
             with nullcontext() if last or not ddp else train_model.no_sync():
                 with autocast:
-                    loss = training_loss(train_model, x0, u, step, vocab_size, None, scaler.scale(one), loss_fn)
+                    if teacher:
+                        loss = distillation_loss(train_model, teacher, x0, u, step, vocab_size, grad_scale, distil_fn)
+                    else:
+                        loss = training_loss(train_model, x0, u, step, vocab_size, None, grad_scale, loss_fn)
                 scaler.scale(loss * world / gradient_accumulation_steps).backward()  # DDP takes the mean over ranks
             total += loss.detach() / gradient_accumulation_steps
         scaler.unscale_(optimizer)
@@ -314,9 +355,9 @@ if __name__ == '__main__':
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
-        x = blank(objective, (num_samples, block_size), vocab_size, meta['bos_id'], device)
+        x = blank(kind, (num_samples, block_size), vocab_size, meta['bos_id'], device)
         with autocast:
-            for x in generate(ema, x, objective, vocab_size, sample_steps):
+            for x in generate(ema, x, kind, vocab_size, sample_steps):
                 pass
         for ids in x.tolist():
             print('-' * 80, tokenizer.decode(ids), sep='\n')

@@ -1,37 +1,9 @@
-# Duo on the One Billion Word benchmark, its sentences packed end to end, the paper's recipe: 1M steps of 512 x 128 tokens.
+# Duo on the One Billion Word benchmark with its sentences packed end to end, otherwise the recipe of lm1b_duo.py.
 #     python prepare.py lm1b_packed && torchrun --nproc_per_node=8 train.py config/lm1b_packed_duo.py
 # Published: test PPL 33.7 (MDLM 31.8; without the curriculum 36.7).
+from pathlib import Path
+exec((Path(__file__).parent / 'lm1b_duo.py').read_text())   # all settings of lm1b_duo.py, save these
+
+dataset = 'lm1b_packed'              # BERT's WordPiece; a row is [CLS], 126 tokens of the stream, [CLS]
 out_dir = 'out-lm1b-packed-duo'
-dataset = 'lm1b_packed'              # BERT's WordPiece; a row is [CLS] 126 tokens of the stream [CLS]
 wandb_run_name = 'lm1b-packed-duo'
-
-# 512 rows a step. On smaller or fewer GPUs: a smaller batch_size, and as many more micro-batches
-batch_size = 64
-gradient_accumulation_steps = 8
-block_size = 128
-
-n_layer = 12
-n_head = 12
-n_embd = 768
-cond_dim = 128
-dropout = 0.1
-
-curriculum_iters = 500_000           # the first half
-tau = 1e-3
-gamma_min = -3.5
-gamma_max = -1.75
-
-learning_rate = 3e-4
-beta1 = 0.9
-beta2 = 0.999
-weight_decay = 0.0
-grad_clip = 1.0
-max_iters = 1_000_000                # the paper also reports 5M and 10M
-warmup_iters = 2500
-cooldown_iters = 0
-ema_decay = 0.9999
-
-eval_interval = 5000
-eval_iters = 64
-log_interval = 100
-compile = True

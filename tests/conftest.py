@@ -1,6 +1,13 @@
+import os
+
 import pytest
+import torch
 
 from helpers import TINY, good, run
+
+# tiny tensors: threads cost more than they bring, and two test runs beside each other would starve
+os.environ['OMP_NUM_THREADS'] = '1'
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')

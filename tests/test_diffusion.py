@@ -2,6 +2,7 @@
 import itertools
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 
 from diffusion import (alpha_linear, categorical, coupled_pair, cross_entropy, denoise, evaluate, gaussian, head_each,
-                       head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, nelbo, other_words, posterior,
-                       q_sample, reverse_step, soft_tokens, stratified_times, token_nll, top_p_filter, transform,
-                       write_on)
+                       head_loss, head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, nelbo, other_words, posterior,
+                       q_sample, reverse_step, soft_tokens, stratified_times, teacher_kl, token_nll, top_p_filter,
+                       transform, write_on)
 from model import DiT, DiTConfig
 
 REFERENCE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'data' / 'reference.npz').items()}
@@ -226,6 +227,18 @@ def test_head_nelbo_equals_nelbo_through_all_logits(dtype, tolerance, T, K):
         for a, b in zip(ours, theirs):
             assert a.dtype == dtype and (a.double() - b).abs().max() < tolerance * b.abs().max()
     assert (head_each(h, weight, bias, nelbo, (xt, x0, alpha, dalpha)).double() - each).abs().max() < tolerance * each.max()
+
+
+def test_teacher_kl_equals_that_of_the_full_vectors():
+    h, ht = torch.randn(2, 50, 8, dtype=torch.float64), torch.randn(2, 50, 8, dtype=torch.float64)
+    heads = [torch.randn(s, dtype=torch.float64) for s in ((2099, 8), (2099,)) * 2]
+    ours, theirs = ([v.clone().requires_grad_() for v in (h, *heads[:2])] for _ in range(2))
+    loss = head_loss(*ours, partial(teacher_kl, weight=heads[2], bias=heads[3]), (ht,))
+    logp, logq = (theirs[0] @ theirs[1].T + theirs[2]).log_softmax(-1), (ht @ heads[2].T + heads[3]).log_softmax(-1)
+    exact = (logp.exp() * (logp - logq)).sum(-1).mean()
+    assert relative(loss, exact) < 1e-10
+    for a, b in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(exact, theirs)):
+        assert (a - b).abs().max() < 1e-10 * b.abs().max()
 
 
 def test_head_nelbo_gradcheck():

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from eval import diversity, prior_term
+from data import get_rows, load_data, num_rows
+from eval import diversity, our_judge, prior_term
 from helpers import TINY, good, log, one_line, run
 
 
@@ -47,6 +48,16 @@ def test_samples_are_judged_by_our_own_ar_model(baselines):
         cold, warm = results[0], results[1]
         assert cold['temperature'] == 0.5 and cold['entropy'] < warm['entropy'] + 0.5
         assert len((baselines / folder / 'gen.jsonl').read_text().splitlines()) == len(results)
+
+
+def test_the_judge_agrees_with_its_own_perplexity(baselines):
+    """Real held-out text, scored as samples are, has the AR model's own validation perplexity."""
+    info = json.loads((baselines / 'out-ar' / 'config.json').read_text())
+    meta, tokens = load_data(baselines / 'data' / 'tiny')
+    rows = get_rows(tokens['val'], range(num_rows(tokens['val'], 32)), 32, meta).tolist()
+    nats, count = our_judge(str(baselines / 'out-ar'), info, 'cpu')(rows)
+    nll = last_json(good(run(baselines, 'eval.py', '--out_dir=out-ar')))['nll']
+    assert nats / count == pytest.approx(nll, rel=1e-5)
 
 
 def test_sampling_from_the_baselines(baselines):

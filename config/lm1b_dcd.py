@@ -1,0 +1,15 @@
+# Discrete consistency distillation of the LM1B Duo, the paper's: 5 rounds of 10K steps of 128 rows.
+#     torchrun --nproc_per_node=8 train.py config/lm1b_dcd.py        # after config/lm1b_duo.py
+from pathlib import Path
+exec((Path(__file__).parent / 'lm1b_duo.py').read_text())   # all settings of lm1b_duo.py, save these
+
+objective = 'dcd'
+init_from = 'out-lm1b-duo'            # its averaged weights
+out_dir = 'out-lm1b-dcd'
+wandb_run_name = 'lm1b-dcd'
+batch_size = 16
+dcd_round_iters = 10_000
+learning_rate = 6e-5
+max_iters = 50_000
+warmup_iters = 500
+ema_decay = 0.999
