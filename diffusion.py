@@ -298,22 +298,25 @@ def token_nll(model, x0, t, vocab_size, objective='duo', loss_fn=nelbo):
 
 
 @torch.no_grad()
-def evaluate(nll, get_rows, n, batch_size, rank=0, world=1):
-    """Mean negative log-likelihood per token over n rows, and its standard error, in nats: stratified times over [0,1]
-    and noise that are the same on every call. nll(x0 (B,T), t (B,1)) -> (B,T); get_rows(numbers) -> x0. The ranks share
-    the batches."""
-    sums = 0
+def evaluate(nll, get_rows, n, batch_size, device='cpu', rank=0, world=1):
+    """Negative log-likelihood per token of each of n rows, nats, (n,) float64 on the CPU: stratified times over [0,1]
+    and noise that are the same on every call. nll(x0 (B,T), t (B,1)) -> (B,T); get_rows(numbers) -> x0 on the device.
+    The ranks share the batches, and all get the whole."""
+    each = torch.zeros(n, dtype=torch.float64, device=wide(device))
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         torch.manual_seed(first)
-        t = stratified_times(0.5, first, count, n, device=x0.device)
-        each = nll(x0, t).mean(-1).to(wide(x0.device), torch.float64)     # (B,) one number a row
-        sums = sums + torch.stack([each.sum(), (each ** 2).sum()])
+        t = stratified_times(0.5, first, count, n, device=device)
+        each[first:first + count] = nll(x0, t).mean(-1).to(each.device)
     if world > 1:
-        torch.distributed.all_reduce(sums)
-    mean, square = (sums / n).tolist()
-    return mean, sqrt(max(0, square - mean ** 2) / max(1, n - 1))
+        torch.distributed.all_reduce(each)
+    return each.cpu()
+
+
+def mean_and_error(each):
+    """The mean of independent numbers, and its standard error. (Stratified times make the true error a little less.)"""
+    return each.mean().item(), (each.std() / sqrt(len(each))).item() if len(each) > 1 else float('nan')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reverse: from noise to text

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
 from data import get_rows, load_data, load_tokenizer, num_rows
-from diffusion import alpha_linear, blank, chunks, cross_entropy, evaluate, flatten_tokens, generate, loss_of, token_nll
+from diffusion import (alpha_linear, blank, cross_entropy, evaluate, generate, loss_of, mean_and_error,
+                       token_nll)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
@@ -71,16 +72,19 @@ def likelihood(model, info, device, autocast, rank=0, world=1):
     T, K = info['model']['block_size'], data['vocab_size']
     n_rows = num_rows(tokens[split], T)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows)).astype(np.int64)
-    n = len(rows) * draws
+    times = 1 if objective == 'ar' else draws                              # an exact number needs no second look
+    n = len(rows) * times
     order = np.random.default_rng(seed).permutation(n)                     # rows and times must not march in step
     fetch = lambda i: torch.from_numpy(get_rows(tokens[split], rows[order[list(i)] % len(rows)], T, meta)).to(device)
     nats = lambda x0, t: token_nll(model, x0, t, K, objective, loss_of(objective, K))
     with autocast:
-        nll, error = evaluate(nats, fetch, n, batch_size, rank, world)
+        each = evaluate(nats, fetch, n, batch_size, device, rank, world)
+    each = each[np.argsort(order)].view(times, len(rows)).mean(0)          # a row's draws are not independent: rows are
+    nll, error = mean_and_error(each)
     scored = T - (objective == 'ar')                                       # AR is given the first word of a row
     bytes_per_row = (T - 2) * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
     result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows),
-                  draws=draws, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
+                  draws=times, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
                   ppl_error=math.exp(nll) * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
     if parts and objective == 'duo':
         result.update(diffusion_term=nll, prior_term=prior_term(K), reconstruction_term=0.0, bound=nll + prior_term(K))

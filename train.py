@@ -29,8 +29,8 @@ from tqdm import tqdm
 from checkpoint import load_model, load_state, pick_device, pick_dtype, save
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows
-from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of, nelbo,
-                       soft_tokens, stratified_times, teacher_kl, token_nll, transform)
+from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of,
+                       mean_and_error, nelbo, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
 
 # --- files and intervals, in steps
@@ -272,12 +272,14 @@ if __name__ == '__main__':
     def validate():
         n = min(n_val, eval_iters * batch_size)
         rows = epoch_rows(np.arange(n), n_val, seed=0)                   # always the same ones
+        nats = lambda x0, t: token_nll(ema, x0, t, vocab_size, kind, loss_fn)
         with autocast:
-            nll, error = evaluate(lambda x0, t: token_nll(ema, x0, t, vocab_size, kind, loss_fn),
-                                  lambda i: get_batch('val', rows[i]), n, batch_size, rank, world)
+            each = evaluate(nats, lambda i: get_batch('val', rows[i]), n, batch_size, device, rank, world)
+        nll, error = mean_and_error(each)
         if not math.isfinite(nll):
             raise SystemExit(f'the validation loss is {nll} at step {step}: {out_dir} keeps the last good checkpoint')
-        bpb = nll / math.log(2) * block_size / (block_size - 2) * meta['val_tokens'] / meta['val_bytes']
+        scored = block_size - (kind == 'ar')                             # AR is given the first word of a row
+        bpb = nll / math.log(2) * scored / (block_size - 2) * meta['val_tokens'] / meta['val_bytes']
         log(f'step {step}: val loss {nll:.4f} +- {error:.4f} nats, {nll / math.log(2):.4f} bits per token, '
             f'PPL {math.exp(nll):.2f}, {bpb:.4f} bits per byte', step=step, val_loss=nll, val_error=error,
             val_bpd=nll / math.log(2), val_ppl=math.exp(nll), val_bpb=bpb, seconds=time.time() - began)

@@ -49,7 +49,7 @@ def test_an_older_run_is_set_aside_not_overwritten(work):
     before = checkpoint(work / 'out')
     said = good(run(work, 'train.py', *TINY, '--max_iters=1'))
     assert 'held another run' in said
-    (aside,) = work.glob('out-*')
+    (aside,) = work.glob('out-2*')
     assert equal(checkpoint(aside)['weights'], before['weights']) and checkpoint(work / 'out')['step'] == 1
     for file in (work / 'out').iterdir():
         file.unlink()
