@@ -6,10 +6,11 @@ Speed and memory, measured in one run: `literal`, the paper's formulas as they r
     python bench.py --grad_variance --out_dir=out       # what the curriculum is for
 
 Takes train.py's settings and files, and the ones below. ms: the median step, and the range of all; memory: the peak
-above what model, gradients and optimiser hold anyway; MFU: the model's FLOPs over what a large matrix product does in
+above what model and optimiser hold anyway; MFU: the model's FLOPs over what a large matrix product does in
 the same precision in the same run.
 """
 import copy
+import ctypes
 import gc
 import os
 import statistics
@@ -105,10 +106,11 @@ def memory(reset=False):
     try:
         if reset:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)     # pages that the step before freed and the allocator kept
             open('/proc/self/clear_refs', 'w').write('5')
         lines = open('/proc/self/status').read().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmRSS' if reset else 'VmHWM'))
-    except OSError:
+    except (OSError, AttributeError):            # not Linux
         return None
 
 
@@ -152,6 +154,8 @@ def gradient_variance(model, loss_of, n):
 def print_gradient_variance(n=64):
     """Of the run in out_dir, as it stands, with the curriculum's noise and with the discrete one."""
     model, info = load_model(train.out_dir, 'raw', device)
+    if info['objective'] != 'duo':
+        raise SystemExit(f'{train.out_dir} is a {info["objective"]} model: the curriculum is Duo\'s')
     meta, tokens = load_data(os.path.join(train.data_dir, info['settings']['dataset']))
     vars(train).update({k: info['settings'][k] for k in ('tau', 'gamma_min', 'gamma_max', 'curriculum_k')},
                        objective='duo', curriculum_iters=1)
@@ -177,6 +181,8 @@ if __name__ == '__main__':
     dtype, autocast = pick_dtype(train.dtype, device)
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(train.seed)
+    if train.objective not in ('duo', 'dcd'):
+        raise SystemExit('bench.py measures Duo: give it a recipe of Duo')
     if grad_variance:
         print_gradient_variance()
         raise SystemExit(0)

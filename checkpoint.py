@@ -31,7 +31,8 @@ def pick_dtype(dtype, device):
     """-> dtype's name, autocast context. 'auto': bf16 where the GPU has it, fp16 where not; float32 off the GPU."""
     kind = device.split(':')[0]
     if dtype == 'auto':  # a T4 only emulates bf16: I ask the hardware
-        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if torch.cuda.get_device_capability()[0] >= 8 else 'float16'
+        bf16 = kind == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
+        dtype = 'bfloat16' if bf16 else 'float16' if kind == 'cuda' else 'float32'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise SystemExit(f"--dtype={dtype}: it is 'float32', 'bfloat16', 'float16' or 'auto'")
     return dtype, nullcontext() if dtype == 'float32' else torch.autocast(kind, getattr(torch, dtype))
@@ -78,7 +79,7 @@ def load_model(out_dir, weights='ema', device='cpu'):
     from safetensors.torch import load_file
     path = os.path.join(out_dir, 'config.json')
     if not os.path.exists(path):
-        raise SystemExit(f'no trained model in {out_dir}: run train.py first, or name its folder with --out_dir')
+        raise SystemExit(f'no trained model in {out_dir}: run train.py first, or name the folder of another run')
     try:
         info = json.loads(Path(path).read_text())
         if weights == 'ema':

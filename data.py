@@ -61,7 +61,8 @@ def load_data(folder):
     folder, data = Path(folder), {}
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        for key in ('tokenizer', 'vocab_size', 'bos_id', 'eos_id', 'dtype', 'train_tokens', 'val_tokens'):
+        for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size', 'bos_id', 'eos_id', 'dtype', 'train_tokens',
+                    'val_tokens', 'train_bytes', 'val_bytes'):
             if key not in meta:
                 raise ValueError(f'meta.json lacks {key}')
         if meta['dtype'] != 'uint16':
@@ -71,7 +72,9 @@ def load_data(folder):
             if len(data[split]) != meta[f'{split}_tokens']:
                 raise ValueError(f'{split}.bin holds {len(data[split])} tokens, not {meta[f"{split}_tokens"]}')
     except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py {folder.name}, '
+        known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4'}  # a recipe's, of another set
+        raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
+                         f'{known.get(folder.name, folder.name)}, '
                          f'or from text of yours with python prepare.py FILE --name {folder.name}')
     return meta, data
 

@@ -233,7 +233,7 @@ class HeadLoss(torch.autograd.Function):
         dh, dw, db = torch.empty_like(h), torch.zeros_like(weight), torch.zeros_like(bias)
         for s, x, logits, (tw, *rest) in chunks(h, weight, bias, token_weights, *args):
             each, grad = loss_fn(logits, *rest, scale=tw * grad_scale)
-            loss += tw @ each
+            loss += (tw * each).sum()                                # no matmul: autocast would round it
             dh[s] = grad @ weight.to(grad.dtype)
             if dw.dtype == x.dtype:
                 dw.addmm_(grad.T, x)
@@ -378,11 +378,10 @@ def top_p_filter(logits, top_p):
 
 
 def mask_step(logits, xt, alpha_s, alpha_t, mask_id):
-    """xs (...) of MDLM's ancestral sampler: a mask becomes a word of softmax(logits (...,K+1)), itself left out, with
-    probability (alpha_s - alpha_t) / (1 - alpha_t); a word stays."""
+    """xs (...) of MDLM's ancestral sampler: a mask becomes a word of softmax(logits (...,K)), those of the words alone,
+    with probability (alpha_s - alpha_t) / (1 - alpha_t); a word stays."""
     move = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) * (1 - alpha_t) < alpha_s - alpha_t
-    words = categorical(logits[..., :mask_id].softmax(-1))
-    return torch.where((xt == mask_id) & move, words, xt)
+    return torch.where((xt == mask_id) & move, categorical(logits.softmax(-1)), xt)
 
 
 @torch.no_grad()
@@ -401,7 +400,9 @@ def denoise(model, xt, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=Fal
         flat_h, flat = flatten_tokens(h, xt)
         xs = torch.empty_like(flat)
         for s, _, logits, (x,) in chunks(flat_h, linear.weight, linear.bias, flat):
-            logits = logits.float() / temperature
+            logits, x = logits.to(wide(x.device)).float() / temperature, x.to(wide(x.device))
+            if mask_id is not None:
+                logits = logits[:, :mask_id]                                      # the mask is never predicted
             if top_p < 1:
                 logits = top_p_filter(logits, top_p)
             if mask_id is not None:
@@ -424,8 +425,8 @@ def write_on(model, xt, fixed=None, temperature=1.0, top_p=1.0):
     for i in range(1, xt.size(1)):
         h = model.hidden(xt[:, i - 1:i], cache=cache)[:, 0]                                    # (B,C)
         for s, _, logits, _ in chunks(h, linear.weight, linear.bias):
-            logits = logits.float() / temperature
-            word = categorical((logits if top_p == 1 else top_p_filter(logits, top_p)).softmax(-1))
+            logits = logits.to(wide(xt.device)).float() / temperature
+            word = categorical((logits if top_p == 1 else top_p_filter(logits, top_p)).softmax(-1)).to(xt.device)
             xt[s, i] = word if fixed is None else torch.where(fixed[s, i], xt[s, i], word)
         yield xt.clone()
 

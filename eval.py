@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -81,12 +82,13 @@ def likelihood(model, info, device, autocast, rank=0, world=1):
         each = evaluate(nats, fetch, n, batch_size, device, rank, world)
     each = each[np.argsort(order)].view(times, len(rows)).mean(0)          # a row's draws are not independent: rows are
     nll, error = mean_and_error(each)
+    ppl = math.exp(min(nll, 99))
     scored = T - (objective == 'ar')                                       # AR is given the first word of a row
     bytes_per_row = (T - 2) * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
     result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows),
-                  draws=times, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=math.exp(nll),
-                  ppl_error=math.exp(nll) * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
-    if parts and objective == 'duo':
+                  draws=times, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=ppl,
+                  ppl_error=ppl * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
+    if parts:
         result.update(diffusion_term=nll, prior_term=prior_term(K), reconstruction_term=0.0, bound=nll + prior_term(K))
     return result
 
@@ -123,9 +125,9 @@ def our_judge(folder, info, device):
     return score
 
 
-def hub_judge(name, tokenizer, device):
-    """The same by a Hugging Face causal LM: samples are decoded and tokenised anew by its own tokenizer, in windows of
-    its context; what follows the first end-of-text in a sample is not scored (the published evaluation's rules)."""
+def hub_judge(name, tokenizer, eos_id, device):
+    """The same by a Hugging Face causal LM, by the published evaluation's rules: samples are decoded, tokenised anew by
+    its own tokenizer and cut to its context; of end-of-text tokens only the first is scored."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -140,14 +142,13 @@ def hub_judge(name, tokenizer, device):
         nats, count = 0.0, 0
         window = getattr(judge.config, 'max_position_embeddings', 1024)
         for row in rows:
-            ids = torch.tensor([words(tokenizer.decode(row))['input_ids']], device=device)
-            for piece in ids.split(window, dim=1):
-                if piece.size(1) < 2:
-                    continue
-                targets = piece[0, 1:]
-                each = cross_entropy(judge(piece).logits[0, :-1], targets, torch.ones_like(targets))
-                ends = (targets == words.eos_token_id).cumsum(0)
-                keep = (ends == 0) | (ends == 1) & (targets == words.eos_token_id)       # up to the first end, with it
+            text = ''.join(words.eos_token if end else tokenizer.decode(list(ids))
+                           for end, ids in groupby(row, eos_id.__eq__))
+            ids = torch.tensor(words(text)['input_ids'][:window], device=device)
+            if len(ids) > 1:
+                ends = ids == words.eos_token_id
+                keep = (~ends | (ends.cumsum(0) == 1))[1:]
+                each = cross_entropy(judge(ids[None]).logits[0, :-1], ids[1:], torch.ones_like(ids[1:]))
                 nats, count = nats + (each * keep).sum().item(), count + keep.sum().item()
         return nats, max(1, count)
     return score
@@ -158,7 +159,7 @@ def samples_judged(model, info, tokenizer, device, autocast):
     K = data['vocab_size']
     length = gen_length or info['model']['block_size']
     ours = os.path.exists(os.path.join(gen_ppl, 'log.jsonl'))
-    judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, device)
+    judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, data['eos_id'], device)
     results = []
     for steps in numbers('gen_steps', gen_steps, int) if objective != 'ar' else [length - 1]:
         for temperature in numbers('gen_temperatures', gen_temperatures, float):
@@ -186,16 +187,26 @@ def samples_judged(model, info, tokenizer, device, autocast):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
-    if split not in ('train', 'val') or draws < 1 or batch_size < 1 or gen_samples < 1:
+    if split not in ('train', 'val') or min(draws, batch_size, gen_samples) < 1 or min(max_rows, seed) < 0:
         raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
+    if (min(numbers('gen_steps', gen_steps, int)) < 1 or min(numbers('gen_temperatures', gen_temperatures, float)) <= 0
+            or gen_length == 1 or gen_length < 0 or not 0 < top_p <= 1):
+        raise SystemExit('--gen_steps are at least 1, --gen_temperatures above 0, --gen_length is 0 or at least 2, '
+                         '--top_p is above 0 and at most 1')
     ddp = 'RANK' in os.environ
     rank, local_rank, world = (int(os.environ.get(*d)) for d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = pick_device(device)
     if ddp:
         device = f'cuda:{local_rank}' if device == 'cuda' else device
+        if device.startswith('cuda'):
+            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        if gen_ppl:
+            raise SystemExit('--gen_ppl runs in one process: leave torchrun out')
     dtype, autocast = pick_dtype(dtype, device)
     model, info = load_model(out_dir, weights, device)
+    if parts and info['objective'] != 'duo':
+        raise SystemExit(f'--parts are those of Duo\'s bound, and {out_dir} is a {info["objective"]} model')
     if gen_ppl:
         result = samples_judged(model, info, load_tokenizer(info['data'], out_dir), device, autocast)
     else:
@@ -205,7 +216,7 @@ if __name__ == '__main__':
             print(f'{r["rows"]} rows of {r["dataset"]}/{split}: {"" if r["exact"] else "at most "}{r["nll"]:.4f} +- '
                   f'{r["error"]:.4f} nats per token, {r["bpd"]:.4f} bits, PPL {r["ppl"]:.2f} +- {r["ppl_error"]:.2f}, '
                   f'{r["bits_per_byte"]:.4f} bits per byte')
-            if parts and info['objective'] == 'duo':
+            if parts:
                 print(f'diffusion term {r["nll"]:.4f} + prior term {r["prior_term"]:.6f} + reconstruction term 0 '
                       f'= {r["bound"]:.4f}')
     if rank == 0:

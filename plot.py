@@ -44,10 +44,11 @@ def draw_curve(out_dir):
     val = [(r['step'], r['val_loss'], r['val_error']) for r in records if 'val_loss' in r]
     end = curriculum_end(info)
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
-    ax.plot(*zip(*train), color='#9ab8d8', lw=1, label='training: its own loss, raw weights')
+    ax.plot([s for s, _ in train], [v for _, v in train], color='#9ab8d8', lw=1,
+            label='training: its own loss, raw weights')
     ax.errorbar(*zip(*val), color='#c0392b', marker='o', ms=4, capsize=3,
-                label='validation: discrete NELBO, EMA weights')
-    if 0 < end < train[-1][0]:
+                label='validation, EMA weights: ' + ('exact' if info['objective'] == 'ar' else 'discrete NELBO'))
+    if 0 < end < val[-1][0]:
         ax.axvline(end, color='gray', ls='--', lw=1)
         ax.annotate('curriculum ends', (end, 0.02), xycoords=('data', 'axes fraction'), xytext=(4, 0),
                     textcoords='offset points', color='gray')
@@ -81,11 +82,13 @@ def draw_denoising(out_dir, steps=64, seed=1337):
     import torch
     from checkpoint import load_model
     from data import load_tokenizer
-    from diffusion import denoise
+    from diffusion import blank, denoise
     model, info = load_model(out_dir)
+    if info['objective'] != 'duo':
+        raise SystemExit(f'{out_dir} is a {info["objective"]} model: the picture is of a Duo')
     tokenizer = load_tokenizer(info['data'], out_dir)
     torch.manual_seed(seed)
-    x = torch.randint(info['data']['vocab_size'], (1, info['model']['block_size']))
+    x = blank('duo', (1, info['model']['block_size']), info['data']['vocab_size'], None)
     frames = [x] + list(denoise(model, x, steps))
     fig, axes = plt.subplots(2, 2, figsize=(13, 6), layout='constrained')
     for ax, i in zip(axes.flat, (0, steps // 2, 3 * steps // 4, len(frames) - 1)):
@@ -100,7 +103,7 @@ def compare(out_dirs):
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout='constrained')
     for out_dir in out_dirs:
         records, info = read_run(out_dir)
-        name, end = os.path.basename(out_dir), curriculum_end(info)
+        name, end = os.path.basename(os.path.normpath(out_dir)), curriculum_end(info)
         s, val = info['settings'], [r for r in records if 'val_loss' in r]
         tokens = s['batch_size'] * s['gradient_accumulation_steps'] * s['block_size']
         for ax, x in zip(axes, (lambda r: r['step'], lambda r: r['step'] * tokens / 1e6, lambda r: r['seconds'] / 60)):
@@ -123,13 +126,16 @@ def draw_gen(out_dirs):
         if not os.path.exists(path):
             raise SystemExit(f'no {path}: run eval.py --out_dir={out_dir} --gen_ppl=JUDGE first')
         with open(path) as f:
-            rows = {(r['steps'], r['temperature'], r['greedy']): r for r in map(json.loads, f)}.values()   # the newest
-        name = os.path.basename(out_dir)
-        plain = sorted((r for r in rows if r['temperature'] == 1), key=lambda r: r['steps'])
-        for ax, key in zip(axes, ('gen_ppl', 'entropy')):
-            ax.plot([r['steps'] for r in plain], [r[key] for r in plain], marker='o', label=name)
-        ranked = sorted(rows, key=lambda r: r['entropy'])
-        axes[2].plot([r['entropy'] for r in ranked], [r['gen_ppl'] for r in ranked], 'o', label=name)
+            runs = {}
+            for r in map(json.loads, f):                                                 # the newest of each counts
+                name = os.path.basename(os.path.normpath(out_dir)) + ', greedy tail' * r['greedy']
+                name += f', top-p {r["top_p"]}' * (r['top_p'] < 1) + f', by {r["judge"]}'
+                runs.setdefault(name, {})[r['steps'], r['temperature']] = r
+        for name, rows in runs.items():
+            plain = sorted((r for r in rows.values() if r['temperature'] == 1), key=lambda r: r['steps'])
+            for ax, key in zip(axes, ('gen_ppl', 'entropy')):
+                ax.plot([r['steps'] for r in plain], [r[key] for r in plain], marker='o', label=name)
+            axes[2].plot([r['entropy'] for r in rows.values()], [r['gen_ppl'] for r in rows.values()], 'o', label=name)
     axes[0].set(xlabel='sampling steps', ylabel='Gen-PPL', xscale='log', yscale='log')
     axes[1].set(xlabel='sampling steps', ylabel='unigram entropy of a sample, nats', xscale='log')
     axes[2].set(xlabel='entropy, nats (more is more diverse)', ylabel='Gen-PPL (less is likelier)', yscale='log')

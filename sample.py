@@ -62,14 +62,15 @@ def first_words(tokenizer, info, num_samples, length, prompt='', suffix='', devi
 if __name__ == '__main__':
     globals().update(configure(globals()))
     for name, value, good in (('steps', steps, steps > 0), ('num_samples', num_samples, num_samples > 0),
-                              ('length', length, length >= 0), ('temperature', temperature, temperature > 0),
+                              ('length', length, length == 0 or length > 1), ('seed', seed, seed >= 0),
+                              ('temperature', temperature, temperature > 0),
                               ('top_p', top_p, 0 < top_p <= 1)):
         if not good:
             raise SystemExit(f'--{name}={value} makes no sense: see --help')
     device = pick_device(device)
     dtype, autocast = pick_dtype(dtype, device)
     model, tokenizer, info = load(out_dir, weights, device)
-    if compile:
+    if compile and info['objective'] != 'ar':  # a text that grows would be compiled at every word
         model.hidden = torch.compile(model.hidden)
     torch.manual_seed(seed)
     length = length or info['model']['block_size']

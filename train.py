@@ -95,6 +95,12 @@ def ema_decay_at(step):
     return min(ema_decay, (1 + step) / (10 + step))  # young weights are not worth remembering
 
 
+@torch.no_grad()
+def update_average(average, params, decay):
+    """average <- decay average + (1 - decay) params, lists of tensors, in place."""
+    torch._foreach_lerp_(average, params, 1 - decay)
+
+
 def training_loss(model, x0, u, step, vocab_size, mask=None, grad_scale=1.0, loss_fn=nelbo):
     """The loss of one micro-batch, a scalar. x0 (B,T) clean ids; u (B,1) float64 in [0,1), stratified; mask (B,T) or
     None weighs the tokens; loss_fn: diffusion.loss_of(...), or it compiled.
@@ -156,6 +162,16 @@ if __name__ == '__main__':
     device_type = device.split(':')[0]
     dtype, autocast = pick_dtype(dtype, device)
     torch.set_float32_matmul_precision('high')
+    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
+                 'num_samples', 'sample_steps', 'dcd_round_iters', 'n_layer', 'n_head', 'n_embd', 'cond_dim'):
+        if settings[name] < 1:
+            raise SystemExit(f'--{name}={settings[name]}: it must be at least 1')
+    for name in ('max_iters', 'curriculum_iters', 'warmup_iters', 'cooldown_iters', 'seed', 'learning_rate',
+                 'grad_clip'):
+        if settings[name] < 0:
+            raise SystemExit(f'--{name}={settings[name]}: it must not be negative')
+    if curriculum_iters and not (tau > 0 and curriculum_k >= 2 and gamma_min < gamma_max):
+        raise SystemExit('the curriculum needs tau > 0, curriculum_k of at least 2, and gamma_min < gamma_max')
     for name, value, known in (('objective', objective, ('duo', 'dcd', 'mdlm', 'ar')),
                                ('dcd_teacher', dcd_teacher, ('student', 'ema'))):
         if value not in known:
@@ -181,6 +197,8 @@ if __name__ == '__main__':
         dist.barrier()
     meta, data = load_data(folder)
     vocab_size = meta['vocab_size']
+    if objective == 'duo' and curriculum_iters and curriculum_k > vocab_size:
+        raise SystemExit(f'--curriculum_k={curriculum_k} is more than the {vocab_size} words there are')
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
 
     def get_batch(split, rows):
@@ -198,7 +216,7 @@ if __name__ == '__main__':
                                   weight_decay=weight_decay, fused=device_type != 'mps')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
-    step, best = 0, math.inf
+    step, best, elapsed = 0, math.inf, 0.0
 
     if init_from == 'resume':
         state = load_state(out_dir, device)
@@ -212,8 +230,11 @@ if __name__ == '__main__':
         model.load_state_dict(state['weights'])
         ema.load_state_dict(state['ema'])
         optimizer.load_state_dict(state['optimizer'])
-        scaler.load_state_dict(state['scaler'])
-        step, best = state['step'], state['best']
+        for group in optimizer.param_groups:                              # these are settings, and mine are the newer
+            group.update(betas=(beta1, beta2), weight_decay=weight_decay, fused=device_type != 'mps')
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
+        step, best, elapsed = state['step'], state['best'], state['seconds']
         if teacher:
             teacher.load_state_dict(state['teacher'])
         del state
@@ -242,10 +263,12 @@ if __name__ == '__main__':
     if master:
         os.makedirs(out_dir, exist_ok=True)
         log_path = os.path.join(out_dir, 'log.jsonl')
-        lines = open(log_path).readlines() if os.path.exists(log_path) else []
-        log_file = open(log_path, 'w', buffering=1)
-        redone = lambda record: record['step'] > step - ('val_loss' in record)            # by a resumed run
-        log_file.writelines(line for line in lines if not redone(json.loads(line)))
+        if init_from == 'resume' and not eval_only and os.path.exists(log_path):         # what it will say again goes
+            with open(log_path) as f:
+                lines = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] <= step]
+            with open(log_path, 'w') as f:
+                f.writelines(lines)
+        log_file = open(os.devnull if eval_only else log_path, 'a', buffering=1)
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {device} {dtype}, '
               f'{n_train:,} rows of {block_size} ({meta["tokenizer"]}, {vocab_size} words)')
         if wandb_log:
@@ -258,7 +281,7 @@ if __name__ == '__main__':
     def log(line, **record):
         if not master:
             return
-        record = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
+        record = {k: float(f'{v:.7g}') if isinstance(v, float) else v for k, v in record.items()}
         log_file.write(json.dumps(record) + '\n')
         if wandb_log:
             wandb.log(record, step=record['step'])
@@ -281,18 +304,18 @@ if __name__ == '__main__':
         scored = block_size - (kind == 'ar')                             # AR is given the first word of a row
         bpb = nll / math.log(2) * scored / (block_size - 2) * meta['val_tokens'] / meta['val_bytes']
         log(f'step {step}: val loss {nll:.4f} +- {error:.4f} nats, {nll / math.log(2):.4f} bits per token, '
-            f'PPL {math.exp(nll):.2f}, {bpb:.4f} bits per byte', step=step, val_loss=nll, val_error=error,
-            val_bpd=nll / math.log(2), val_ppl=math.exp(nll), val_bpb=bpb, seconds=time.time() - began)
+            f'PPL {math.exp(min(nll, 99)):.2f}, {bpb:.4f} bits per byte', step=step, val_loss=nll, val_error=error,
+            val_bpd=nll / math.log(2), val_ppl=math.exp(min(nll, 99)), val_bpb=bpb, seconds=time.time() - began)
         return nll
 
     # ---- the loop
     params, ema_params = list(model.parameters()), list(ema.parameters())
     one, total = torch.ones((), device=device), torch.zeros((), device=device)
-    began = ticked = time.time()
-    logged = step
+    ticked = time.time()
+    began, logged, start = ticked - elapsed, step, step
     while True:
         done = step >= max_iters
-        if done or eval_only or (step > 0 and step % eval_interval == 0):
+        if done or eval_only or (step > start and step % eval_interval == 0):
             paused = time.time()
             val_loss = validate()
             best = min(best, val_loss)
@@ -300,7 +323,8 @@ if __name__ == '__main__':
                 info = dict(objective=kind, model=asdict(model.config), data=meta, settings=settings, step=step,
                             val_loss=val_loss)
                 state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                             scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, **info)
+                             scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best,
+                             seconds=time.time() - began, **info)
                 save(out_dir, state, ema, info, folder)
             ticked += time.time() - paused
         if done or eval_only:
@@ -332,7 +356,7 @@ if __name__ == '__main__':
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema_params, params, 1 - ema_decay_at(step))
+        update_average(ema_params, params, ema_decay_at(step))
         step += 1
         progress.update()
 
@@ -357,6 +381,7 @@ if __name__ == '__main__':
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
+        ema.__dict__.pop('hidden', None)                                  # compiled for rows, not for a growing text
         x = blank(kind, (num_samples, block_size), vocab_size, meta['bos_id'], device)
         with autocast:
             for x in generate(ema, x, kind, vocab_size, sample_steps):

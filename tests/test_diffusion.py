@@ -443,11 +443,11 @@ def test_mdlm_nelbo_is_the_mean_over_all_orders_of_writing(K, T):
 
 
 def test_mask_step_frequencies():
-    logits, n = torch.randn(6), 60_000                                            # five words and the mask
-    p = torch.cat([0.4 * logits[:5].softmax(-1), torch.tensor([0.6])])            # (0.6 - 0.4)/(1 - 0.4) ... of what is masked
-    xs = mask_step(logits.expand(n, 6), torch.full((n,), 5), 0.64, 0.4, 5)
+    logits, n = torch.randn(5), 60_000                                            # five words; the mask is number 5
+    p = torch.cat([0.4 * logits.softmax(-1), torch.tensor([0.6])])                # 0.4 = (0.64 - 0.4) / (1 - 0.4)
+    xs = mask_step(logits.expand(n, 5), torch.full((n,), 5), 0.64, 0.4, 5)
     assert fits(np.bincount(xs, minlength=6), p)
-    assert (mask_step(logits.expand(n, 6), torch.full((n,), 2), 0.64, 0.4, 5) == 2).all()
+    assert (mask_step(logits.expand(n, 5), torch.full((n,), 2), 0.64, 0.4, 5) == 2).all()
 
 
 def random_model(K, T=8, causal=False, std=0.4):

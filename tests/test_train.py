@@ -78,6 +78,8 @@ def test_sample_refuses_in_one_line(work, args, words):
 @pytest.mark.parametrize('args, words', [
     (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']),
+    (['--log_interval=0'], ['log_interval']), (['--curriculum_k=1'], ['curriculum_k']),
+    (['--dataset=owt_t4'], ['prepare.py owt --max_docs']),
     (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
 def test_train_refuses_in_one_line(work, args, words):
     one_line(run(work, 'train.py', *TINY, '--out_dir=never', *args), *words)
@@ -122,6 +124,12 @@ def test_schedules(monkeypatch):
     rates = [train.learning_rate_at(i) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.5) and rates[99] > 0
     assert train.ema_decay_at(0) == 0.1 and train.ema_decay_at(10 ** 6) == 0.999
+
+
+def test_the_average_remembers_no_gradients():
+    params, average = [torch.ones(3, requires_grad=True)], [torch.zeros(3)]
+    train.update_average(average, params, 0.75)
+    assert average[0].tolist() == [0.25] * 3 and not average[0].requires_grad
 
 
 def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
