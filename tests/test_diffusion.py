@@ -310,10 +310,17 @@ def test_fp16_gradients_are_made_at_the_scalers_scale():
         assert torch.isfinite(half).all() and (half - exact).abs().max() < 5e-3 * exact.abs().max()
         lost = (half == 0) & (exact.abs() > 1e-6 * exact.abs().max())
         assert lost.float().mean() < 0.01
-    with torch.autocast('cpu', torch.float16):                                     # too large a scale shows: a step to skip
-        inputs = [v.clone().requires_grad_() for v in (h, weight, bias)]
-        (head_nelbo(*inputs, xt, x0, alpha, dalpha, grad_scale=torch.tensor(2.0 ** 40)) * 2.0 ** 40).backward()
-    assert not torch.isfinite(inputs[1].grad).all()
+    # too large a scale shows in the gradient: the scaler skips the step and goes on with half of it
+    inputs = [v.clone().requires_grad_() for v in (h, weight, bias)]
+    optimizer, scaler = torch.optim.AdamW(inputs, fused=True), torch.amp.GradScaler('cpu', init_scale=2.0 ** 40)
+    grad_scale = scaler.scale(torch.ones(()))
+    with torch.autocast('cpu', torch.float16):
+        loss = head_nelbo(*inputs, xt, x0, alpha, dalpha, grad_scale=grad_scale)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0 ** 39 and all(torch.equal(v, w) for v, w in zip(inputs, (h, weight, bias)))
 
 # ---- reverse
 
