@@ -2,7 +2,7 @@
 Train Duo, a language model that denoises all its words at once. As it stands this is the laptop demo:
 
     python train.py                                                     # a few minutes on two CPU cores
-    python train.py config/stdlib_gpu.py                                # five minutes on one GPU
+    python train.py config/stdlib_gpu.py                                # a larger one, on a GPU
     torchrun --nproc_per_node=8 train.py config/owt_duo.py              # the paper's OpenWebText run, 8 GPUs
     python train.py config/owt_duo.py --batch_size=8 --compile=False    # any setting below can be changed so
 
@@ -261,7 +261,10 @@ if __name__ == '__main__':
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     progress = tqdm(total=max_iters, initial=step, disable=not (master and sys.stdout.isatty()), file=sys.stdout)
     if master:
-        os.makedirs(out_dir, exist_ok=True)
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+        except OSError as e:
+            raise SystemExit(f'cannot make --out_dir={out_dir}: {e.strerror}')
         log_path = os.path.join(out_dir, 'log.jsonl')
         if init_from == 'resume' and not eval_only and os.path.exists(log_path):         # what it will say again goes
             with open(log_path) as f:

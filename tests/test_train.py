@@ -78,7 +78,7 @@ def test_sample_refuses_in_one_line(work, args, words):
 @pytest.mark.parametrize('args, words', [
     (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']),
-    (['--log_interval=0'], ['log_interval']), (['--curriculum_k=1'], ['curriculum_k']),
+    (['--log_interval=0'], ['log_interval']), (['--out_dir=tiny.txt/out'], ['tiny.txt/out']), (['--curriculum_k=1'], ['curriculum_k']),
     (['--dataset=owt_t4'], ['prepare.py owt --max_docs']),
     (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
 def test_train_refuses_in_one_line(work, args, words):
