@@ -25,7 +25,7 @@ beta1 = 0.9
 beta2 = 0.999
 weight_decay = 0.0
 grad_clip = 1.0
-max_iters = 100_000                  # as many as your session allows: stop at any time, go on with --init_from=resume
+max_iters = 100_000                  # as many as your free hours allow: stop at any time, go on with --init_from=resume
 warmup_iters = 2500
 cooldown_iters = 0
 ema_decay = 0.9999
