@@ -56,6 +56,10 @@ def load_tokenizer(meta, folder):
     return Tokenizer(encode, decode_documents)
 
 
+def same_tokenizer(meta, other):
+    """Do two metas number the same words alike?"""
+    return all(meta.get(key) == other.get(key) for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size'))
+
 def load_data(folder):
     """-> meta, {'train': tokens, 'val': tokens}: the two streams, uint16, memory-mapped and checked against meta."""
     folder, data = Path(folder), {}

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
-from data import get_rows, load_data, load_tokenizer, num_rows
+from data import get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 from diffusion import (alpha_linear, blank, cross_entropy, evaluate, generate, loss_of, mean_and_error,
                        token_nll)
 
@@ -68,7 +68,7 @@ def prior_term(vocab_size):
 def likelihood(model, info, device, autocast, rank=0, world=1):
     data, objective = info['data'], info['objective']
     meta, tokens = load_data(os.path.join(data_dir, dataset or info['settings']['dataset']))
-    if any(meta.get(k) != data.get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
+    if not same_tokenizer(meta, data):
         raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained on: prepare it anew')
     T, K = info['model']['block_size'], data['vocab_size']
     n_rows = num_rows(tokens[split], T)
@@ -113,7 +113,7 @@ def our_judge(folder, info, device):
     judge, about = load_model(folder, device=device)
     if about['objective'] != 'ar':
         raise SystemExit(f'--gen_ppl={folder} is no judge: a {about["objective"]} model, not an autoregressive one')
-    if any(about['data'].get(k) != info['data'].get(k) for k in ('tokenizer', 'tokenizer_sha256', 'vocab_size')):
+    if not same_tokenizer(about['data'], info['data']):
         raise SystemExit(f'--gen_ppl={folder} was trained with another vocabulary than {out_dir}: no fair judge')
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, load_state, pick_device, pick_dtype, save
 from configurator import configure
-from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows
+from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of,
                        mean_and_error, nelbo, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
@@ -241,7 +241,7 @@ if __name__ == '__main__':
     elif init_from != 'scratch':
         trained, info = load_model(init_from, device=device)
         if (asdict(trained.config) != asdict(model.config) | {'dropout': trained.config.dropout}
-                or info['data']['tokenizer_sha256'] != meta['tokenizer_sha256']):
+                or not same_tokenizer(info['data'], meta)):
             raise SystemExit(f'{init_from} holds another model or tokenizer ({trained.config}): give the same')
         model.load_state_dict(trained.state_dict())
         ema.load_state_dict(trained.state_dict())
