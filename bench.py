@@ -25,7 +25,7 @@ import train
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, num_rows
-from diffusion import (alpha_linear, denoise, gaussian, nelbo, q_sample, reverse_step, soft_tokens, stratified_times,
+from diffusion import (alpha_linear, denoise, gaussian, nelbo, q_sample, reverse_step, sampling_schedule, soft_tokens, stratified_times,
                        transform, write_on)
 from model import DiT, DiTConfig
 
@@ -238,7 +238,8 @@ if __name__ == '__main__':
                                                   B * T)
         rows['sampling', 'ours'] = measure('sampling, ours', lambda: reverse_step(logits, x0, 0.6, 0.5), B * T)
         del logits
-        rows['texts', 'duo'] = measure(f'{B} texts, Duo in 8 steps', lambda: list(denoise(model, x0, 8)), B * T)
+        rows['texts', 'duo'] = measure(f'{B} texts, Duo in 8 steps', lambda: list(denoise(
+            model, x0, *sampling_schedule(8))), B * T)
         writer = DiT(DiTConfig(K, T, n_layer, n_head, C, causal=True)).to(device).eval()
         rows['texts', 'ar'] = measure(f'{B} texts, AR with its cache', lambda: list(write_on(writer, x0)), B * T)
     gamma = train.gamma_min + u * (train.gamma_max - train.gamma_min)

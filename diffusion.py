@@ -196,18 +196,20 @@ def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id, scale=None):
     return cross_entropy(logits.masked_fill(columns == mask_id, -torch.inf), x0, weights, scale)
 
 
-def teacher_kl(logits, h, weight, bias, scale=None):
-    """KL(student || teacher), nats per token (eq. 23; the direction of the published code): logits (...,K) are the
-    student's; the teacher's come from its trunk's output h (...,C) and its head, here, so that nobody keeps them. With
-    scale also the scaled gradient by the student's logits, as nelbo."""
+def teacher_kl(logits, h, weight, bias, forward=False, scale=None):
+    """KL(student || teacher), nats per token (eq. 23; the direction of the published code), or with forward
+    KL(teacher || student): logits (...,K) are the student's; the teacher's come from its trunk's output h (...,C) and
+    its head, here, so that nobody keeps them. With scale also the scaled gradient by the student's logits, as nelbo."""
     logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     teacher = F.linear(*(v.to(logits.dtype) for v in (h, weight, bias)))
     logq = teacher.log_softmax(-1, dtype=logp.dtype)
     p, ratio = logp.exp(), logp - logq
-    loss = (p * ratio).sum(-1)
+    q = logq.exp() if forward else None
+    loss = -(q * ratio).sum(-1) if forward else (p * ratio).sum(-1)
     if scale is None:
         return loss
-    return loss, (p * (ratio - loss.unsqueeze(-1)) * scale.unsqueeze(-1)).to(logits.dtype)
+    grad = p - q if forward else p * (ratio - loss.unsqueeze(-1))
+    return loss, (grad * scale.unsqueeze(-1)).to(logits.dtype)
 
 
 def chunks(h, weight, bias, *args):
@@ -384,37 +386,97 @@ def mask_step(logits, xt, alpha_s, alpha_t, mask_id):
     return torch.where((xt == mask_id) & move, categorical(logits.softmax(-1)), xt)
 
 
-@torch.no_grad()
-def denoise(model, xt, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False, mask_id=None, eps=1e-5):
-    """Ancestral sampling: yields xt (B,T) after each of `steps` network calls from t = 1 to eps, and once more after
-    noise removal (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all
-    mask_id for a masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt."""
-    linear, given, h = model.output_layer.linear, xt, None
+def check_sampler(objective, sampler='ancestral', psi='rescale', eta=0.0, top_p=0.0, **_):
+    """-> eta, top_p, what was published for psi (at 256 steps) in place of zeros; a sampler that cannot be is one line."""
+    published = {'rescale': (0.05, 0.9), 'cap': (0.01, 0.9), 'constant': (0.01, 0.9), 'loop': (0.01, 0.95)}
+    for name, value, known in (('sampler', sampler, ('ancestral', 'psi', 'commit')), ('psi', psi, tuple(published))):
+        if value not in known:
+            raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
+    if sampler != 'ancestral' and objective != 'duo':
+        raise SystemExit(f'--sampler={sampler} is for a Duo; this is a model of objective {objective}')
+    return eta or published[psi][0], top_p or (published[psi][1] if sampler == 'psi' else 1.0)
+
+
+def sampling_schedule(steps, psi=None, eta=0.0, eps=1e-5):
+    """alphas (steps + 1 numbers), from noise to nearly clean, and kappas (steps): reverse step i goes from alphas[i] to
+    alphas[i + 1] with kappas[i]. psi None is ancestral sampling, kappa 1. Else the Psi-samplers of chapter II, whose
+    kappa = 1 - sigma / (1 - alpha_s), within [0, 1], re-noises more the larger eta is:
+
+    rescale   sigma = eta min(eta, (1 - alpha_s)/alpha_t). This is the published code; it makes small eta eta squared,
+              where the rule it is named after (ReMDM, arXiv 2503.00307) reads eta min(1, (1 - alpha_s)/alpha_t)
+    cap       sigma = min(eta, (1 - alpha_s)/alpha_t)
+    constant  sigma = eta
+    loop      ancestral down to alpha = 0.9 in 45% of the steps, half of them there with sigma = eta, ancestral again
+    """
     times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
-    alphas = [*alpha_linear(times)[0].tolist(), 1.0]
-    for i, (alpha_t, alpha_s) in enumerate(zip(alphas, alphas[1:])):
+    middle = slice(None)
+    if psi == 'loop':
+        t, high, mid = 0.1 / 0.999, round(0.45 * (steps + 1)), round(0.5 * (steps + 1))     # alpha(t) = 0.9
+        times = torch.cat([torch.linspace(1, t, high, dtype=torch.float64), times.new_full((mid,), t),
+                           torch.linspace(t, eps, steps + 1 - high - mid, dtype=torch.float64)])
+        middle = slice(high, max(high, high + mid - 1))
+    alphas, kappas = alpha_linear(times)[0], torch.ones(steps, dtype=torch.float64)
+    if psi:
+        alpha_t, alpha_s = alphas[:-1], alphas[1:]
+        capped = ((1 - alpha_s) / alpha_t).clamp(max=eta)
+        sigma = {'rescale': eta * capped, 'cap': capped}.get(psi, eta)
+        kappas[middle] = (1 - sigma / (1 - alpha_s)).clamp(0, 1)[middle]
+    return alphas.tolist(), kappas.tolist()
+
+
+def commit(words, entropy, alpha_s, vocab_size, settle):
+    """xs (B,T): of the words (B,T) predicted, those with the least entropy (B,T), in nats, stay: a share alpha_s of
+    each row, and all below settle; the others become any word again.
+
+    With the share picked at random this is the Psi-sampler's step with kappa = 0, whose marginals are proven right.
+    Picking it by confidence is a heuristic: better words earlier, less variety, no guarantee.
+    """
+    rank = entropy.argsort(-1).argsort(-1)
+    keep = (rank < round(alpha_s * words.size(1))) | (entropy < settle)
+    return torch.where(keep, words, torch.randint_like(words, vocab_size))
+
+
+@torch.no_grad()
+def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, greedy=False, mask_id=None, settle=None):
+    """Yields xt (B,T) after each network call: one for each step of a sampling_schedule, and one more for noise removal
+    (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all mask_id for a
+    masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt. With settle (nats) words
+    stay by confidence (see commit), and it is over when all of them are that sure."""
+    linear, given, h = model.output_layer.linear, xt, None
+    steps = zip(alphas, [*alphas[1:], 1.0], [*kappas, 1.0])
+    for i, (alpha_t, alpha_s, kappa) in enumerate(steps):
         if mask_id is None:
             h = model.hidden(xt, -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device)))
         elif h is None or changed:               # told no time, the network would only repeat itself on the same words
             h = model.hidden(xt, torch.zeros(xt.size(0), device=xt.device))
         flat_h, flat = flatten_tokens(h, xt)
-        xs = torch.empty_like(flat)
+        xs, entropy = torch.empty_like(flat), torch.zeros(flat.shape, device=flat.device)
         for s, _, logits, (x,) in chunks(flat_h, linear.weight, linear.bias, flat):
             logits, x = logits.to(wide(x.device)).float() / temperature, x.to(wide(x.device))
             if mask_id is not None:
                 logits = logits[:, :mask_id]                                      # the mask is never predicted
             if top_p < 1:
                 logits = top_p_filter(logits, top_p)
+            if settle is not None:
+                entropy[s] = torch.special.entr(logits.softmax(-1)).sum(-1)
             if mask_id is not None:
                 xs[s] = mask_step(logits, x, alpha_s, alpha_t, mask_id)
-            elif greedy and i == steps:
+            elif greedy and i == len(kappas):
                 xs[s] = logits.argmax(-1)
             else:
-                xs[s] = reverse_step(logits, x, alpha_s, alpha_t)
-        xs = xs.view_as(xt) if fixed is None else torch.where(fixed, given, xs.view_as(xt))
+                xs[s] = reverse_step(logits, x, alpha_s if settle is None else 1.0, alpha_t, kappa)
+        xs, entropy = xs.view_as(xt), entropy.view_as(xt)
+        if fixed is not None:
+            xs, entropy = torch.where(fixed, given, xs), entropy.masked_fill(fixed, -1.0)
+        settled = settle is not None and bool((entropy < settle).all())
+        if settle is not None and i < len(kappas) and not settled:
+            xs = commit(xs, entropy, alpha_s, linear.out_features, settle)
+            xs = xs if fixed is None else torch.where(fixed, given, xs)
         changed = mask_id is not None and not torch.equal(xs, xt)
         xt = xs
         yield xt
+        if settled:
+            return
 
 
 @torch.no_grad()
@@ -438,8 +500,12 @@ def blank(objective, shape, vocab_size, bos_id, device='cpu'):
     return torch.full(shape, vocab_size if objective == 'mdlm' else bos_id, device=device)
 
 
-def generate(model, xt, objective, vocab_size, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False):
-    """The sampler that suits the objective, from blank() on: yields xt (B,T) after each network call."""
+def reverse_process(model, xt, objective, vocab_size, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False,
+                    sampler='ancestral', psi='rescale', eta=0.0, settle=0.1):
+    """The sampler that suits the objective, from blank() on: yields xt (B,T) after each network call. sampler
+    'ancestral', or for a Duo 'psi', with psi and eta as in sampling_schedule, or 'commit', with settle as in denoise."""
     if objective == 'ar':
         return write_on(model, xt, fixed, temperature, top_p)
-    return denoise(model, xt, steps, fixed, temperature, top_p, greedy, vocab_size if objective == 'mdlm' else None)
+    alphas, kappas = sampling_schedule(steps, psi if sampler == 'psi' else None, eta)
+    return denoise(model, xt, alphas, kappas, fixed, temperature, top_p, greedy,
+                   vocab_size if objective == 'mdlm' else None, settle if sampler == 'commit' else None)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
 from data import get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
-from diffusion import (alpha_linear, blank, cross_entropy, evaluate, generate, loss_of, mean_and_error,
-                       token_nll)
+from diffusion import (alpha_linear, blank, check_sampler, cross_entropy, evaluate, loss_of, mean_and_error,
+                       reverse_process, token_nll)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
@@ -44,7 +44,11 @@ gen_temperatures = '1.0'     # of the sampled softmax: together with entropy, th
 gen_samples = 64
 gen_length = 0               # tokens in a sample; 0: as many as the model was trained on
 gen_greedy = False           # the greedy tail
-top_p = 1.0
+sampler = 'ancestral'        # as in sample.py, and so are the next four
+psi = 'rescale'
+eta = 0.0
+settle = 0.1
+top_p = 0.0
 seed = 1337
 # --- system
 device = 'auto'
@@ -160,24 +164,28 @@ def samples_judged(model, info, tokenizer, device, autocast):
     length = gen_length or info['model']['block_size']
     ours = os.path.exists(os.path.join(gen_ppl, 'log.jsonl'))
     judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, data['eos_id'], device)
-    results = []
+    results, (psi_eta, nucleus) = [], check_sampler(objective, sampler, psi, eta, top_p)
+    name = {'psi': f'psi {psi} {psi_eta:g}', 'commit': f'commit {settle:g}'}.get(sampler, sampler)
+    name += f', top-p {nucleus:g}' * (nucleus < 1) + ', greedy tail' * gen_greedy
     for steps in numbers('gen_steps', gen_steps, int) if objective != 'ar' else [length - 1]:
         for temperature in numbers('gen_temperatures', gen_temperatures, float):
             torch.manual_seed(seed)
-            rows, began = [], time.time()
+            rows, calls, began = [], 0, time.time()
             while len(rows) < gen_samples:
                 shape = min(batch_size, gen_samples - len(rows)), length
                 x = blank(objective, shape, K, data['bos_id'], device)
                 with autocast:
-                    *_, x = generate(model, x, objective, K, steps, None, temperature, top_p, gen_greedy)
+                    for x in reverse_process(model, x, objective, K, steps, None, temperature, nucleus, gen_greedy,
+                                             sampler, psi, psi_eta, settle):
+                        calls += len(x)
                 rows += x.tolist()
             seconds = time.time() - began
             nats, count = judge(rows)
-            r = dict(out_dir=out_dir, objective=objective, judge=gen_ppl, steps=steps, temperature=temperature,
-                     top_p=top_p, greedy=gen_greedy, gen_ppl=math.exp(nats / count), **diversity(rows),
-                     samples_per_s=gen_samples / seconds)
+            r = dict(out_dir=out_dir, objective=objective, judge=gen_ppl, sampler=name, steps=steps,
+                     calls=calls / gen_samples, temperature=temperature, gen_ppl=math.exp(nats / count),
+                     **diversity(rows), samples_per_s=gen_samples / seconds)
             results.append(r)
-            print(f'{steps:5} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} '
+            print(f'{name}, {steps:4} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} '
                   f'nats, distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, '
                   f'repetition {r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
     with open(os.path.join(out_dir, 'gen.jsonl'), 'a') as f:
@@ -190,9 +198,9 @@ if __name__ == '__main__':
     if split not in ('train', 'val') or min(draws, batch_size, gen_samples) < 1 or min(max_rows, seed) < 0:
         raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
     if (min(numbers('gen_steps', gen_steps, int)) < 1 or min(numbers('gen_temperatures', gen_temperatures, float)) <= 0
-            or gen_length == 1 or gen_length < 0 or not 0 < top_p <= 1):
+            or gen_length == 1 or gen_length < 0 or min(eta, settle) < 0 or eta > 1 or not 0 <= top_p <= 1):
         raise SystemExit('--gen_steps are at least 1, --gen_temperatures above 0, --gen_length is 0 or at least 2, '
-                         '--top_p is above 0 and at most 1')
+                         '--top_p and --eta lie between 0 and 1, --settle is not negative')
     ddp = 'RANK' in os.environ
     rank, local_rank, world = (int(os.environ.get(*d)) for d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = pick_device(device)

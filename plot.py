@@ -82,14 +82,14 @@ def draw_denoising(out_dir, steps=64, seed=1337):
     import torch
     from checkpoint import load_model
     from data import load_tokenizer
-    from diffusion import blank, denoise
+    from diffusion import blank, reverse_process
     model, info = load_model(out_dir)
     if info['objective'] != 'duo':
         raise SystemExit(f'{out_dir} is a {info["objective"]} model: the picture is of a Duo')
     tokenizer = load_tokenizer(info['data'], out_dir)
     torch.manual_seed(seed)
     x = blank('duo', (1, info['model']['block_size']), info['data']['vocab_size'], None)
-    frames = [x] + list(denoise(model, x, steps))
+    frames = [x] + list(reverse_process(model, x, 'duo', info['data']['vocab_size'], steps))
     fig, axes = plt.subplots(2, 2, figsize=(13, 6), layout='constrained')
     for ax, i in zip(axes.flat, (0, steps // 2, 3 * steps // 4, len(frames) - 1)):
         draw_text(ax, tokenizer, frames[i][0].tolist(), frames[-1][0].tolist(), columns=90, rows=16)
@@ -128,8 +128,7 @@ def draw_gen(out_dirs):
         with open(path) as f:
             runs = {}
             for r in map(json.loads, f):                                                 # the newest of each counts
-                name = os.path.basename(os.path.normpath(out_dir)) + ', greedy tail' * r['greedy']
-                name += f', top-p {r["top_p"]}' * (r['top_p'] < 1) + f', by {r["judge"]}'
+                name = f'{os.path.basename(os.path.normpath(out_dir))}, {r["sampler"]}'
                 runs.setdefault(name, {})[r['steps'], r['temperature']] = r
         for name, rows in runs.items():
             plain = sorted((r for r in rows.values() if r['temperature'] == 1), key=lambda r: r['steps'])

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from checkpoint import load_model, load_state, pick_device, pick_dtype, save
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
-from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of,
-                       mean_and_error, nelbo, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
+from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, head_loss, loss_of, mean_and_error,
+                       nelbo, reverse_process, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
 
 # --- files and intervals, in steps
@@ -40,7 +40,8 @@ eval_interval = 600          # validate and write a checkpoint
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50
 eval_only = False            # validate once and stop
-init_from = 'scratch'        # 'scratch', 'resume', or the folder of a run whose averaged weights to start from
+init_from = 'scratch'        # 'scratch', 'resume', or the folder of a run whose weights to start from:
+init_weights = 'ema'         # their average, or 'raw'
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
 # --- wandb
@@ -67,6 +68,7 @@ gamma_max = -2.25
 curriculum_k = 5             # words mixed at each position
 dcd_round_iters = 10_000     # distillation: then the teacher becomes the student, and its lead of 1/512 doubles
 dcd_teacher = 'student'      # what it becomes: 'student', or 'ema', the student's average (Algorithm 2)
+dcd_kl = 'reverse'           # KL(student || teacher), as published; 'forward': KL(teacher || student)
 # --- optimiser: AdamW
 learning_rate = 1.5e-3
 max_iters = 1800
@@ -173,7 +175,8 @@ if __name__ == '__main__':
     if curriculum_iters and not (tau > 0 and curriculum_k >= 2 and gamma_min < gamma_max):
         raise SystemExit('the curriculum needs tau > 0, curriculum_k of at least 2, and gamma_min < gamma_max')
     for name, value, known in (('objective', objective, ('duo', 'dcd', 'mdlm', 'ar')),
-                               ('dcd_teacher', dcd_teacher, ('student', 'ema'))):
+                               ('dcd_teacher', dcd_teacher, ('student', 'ema')),
+                               ('dcd_kl', dcd_kl, ('reverse', 'forward')), ('init_weights', init_weights, ('ema', 'raw'))):
         if value not in known:
             raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
     if objective == 'dcd' and init_from == 'scratch':
@@ -239,7 +242,7 @@ if __name__ == '__main__':
             teacher.load_state_dict(state['teacher'])
         del state
     elif init_from != 'scratch':
-        trained, info = load_model(init_from, device=device)
+        trained, info = load_model(init_from, init_weights, device)
         if (asdict(trained.config) != asdict(model.config) | {'dropout': trained.config.dropout}
                 or not same_tokenizer(info['data'], meta)):
             raise SystemExit(f'{init_from} holds another model or tokenizer ({trained.config}): give the same')
@@ -250,7 +253,7 @@ if __name__ == '__main__':
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
 
-    loss_fn, distil_fn = loss_of(kind, vocab_size), teacher_kl
+    loss_fn, distil_fn = loss_of(kind, vocab_size), partial(teacher_kl, forward=dcd_kl == 'forward')
     if compile:  # the trunk in one graph, the loss in one kernel
         loss_fn, distil_fn = torch.compile(loss_fn), torch.compile(distil_fn)
         for m in filter(None, (model, ema, teacher)):
@@ -371,7 +374,7 @@ if __name__ == '__main__':
                 raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if '
                                  'there is one; a lower --learning_rate may help')
             speed = (step - logged) / (time.time() - ticked)
-            log(f'step {step}: loss {loss:.4f}, PPL {math.exp(min(loss, 99)):.1f}, '
+            log(f'step {step}: ' + (f'KL {loss:.5f}, ' if teacher else f'loss {loss:.4f}, ') +
                 f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left', step=step,
                 loss=loss, lr=learning_rate_at(step - 1), tokens_per_s=speed * tokens_per_step,
                 seconds=time.time() - began)
@@ -387,7 +390,7 @@ if __name__ == '__main__':
         ema.__dict__.pop('hidden', None)                                  # compiled for rows, not for a growing text
         x = blank(kind, (num_samples, block_size), vocab_size, meta['bos_id'], device)
         with autocast:
-            for x in generate(ema, x, kind, vocab_size, sample_steps):
+            for x in reverse_process(ema, x, kind, vocab_size, sample_steps):
                 pass
         for ids in x.tolist():
             print('-' * 80, tokenizer.decode(ids), sep='\n')

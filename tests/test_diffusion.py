@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 
-from diffusion import (alpha_linear, categorical, coupled_pair, cross_entropy, denoise, evaluate, gaussian, head_each,
-                       head_loss, head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, mean_and_error, nelbo, other_words, posterior,
-                       q_sample, reverse_step, soft_tokens, stratified_times, teacher_kl, token_nll, top_p_filter,
-                       transform, write_on)
+from diffusion import (alpha_linear, categorical, commit, coupled_pair, cross_entropy, denoise, evaluate, gaussian, head_each,
+                       head_loss, head_nelbo, largest_normals, loss_of, mask_step, mdlm_nelbo, mean_and_error, nelbo,
+                       other_words, posterior, q_sample, reverse_step, sampling_schedule, soft_tokens,
+                       stratified_times, teacher_kl, token_nll, top_p_filter, transform, write_on)
 from model import DiT, DiTConfig
 
 REFERENCE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'data' / 'reference.npz').items()}
@@ -229,13 +229,15 @@ def test_head_nelbo_equals_nelbo_through_all_logits(dtype, tolerance, T, K):
     assert (head_each(h, weight, bias, nelbo, (xt, x0, alpha, dalpha)).double() - each).abs().max() < tolerance * each.max()
 
 
-def test_teacher_kl_equals_that_of_the_full_vectors():
+@pytest.mark.parametrize('forward', [False, True])
+def test_teacher_kl_equals_that_of_the_full_vectors(forward):
     h, ht = torch.randn(2, 50, 8, dtype=torch.float64), torch.randn(2, 50, 8, dtype=torch.float64)
     heads = [torch.randn(s, dtype=torch.float64) for s in ((2099, 8), (2099,)) * 2]
     ours, theirs = ([v.clone().requires_grad_() for v in (h, *heads[:2])] for _ in range(2))
-    loss = head_loss(*ours, partial(teacher_kl, weight=heads[2], bias=heads[3]), (ht,))
+    loss = head_loss(*ours, partial(teacher_kl, weight=heads[2], bias=heads[3], forward=forward), (ht,))
     logp, logq = (theirs[0] @ theirs[1].T + theirs[2]).log_softmax(-1), (ht @ heads[2].T + heads[3]).log_softmax(-1)
-    exact = (logp.exp() * (logp - logq)).sum(-1).mean()
+    one, other = (logq, logp) if forward else (logp, logq)
+    exact = (one.exp() * (one - other)).sum(-1).mean()
     assert relative(loss, exact) < 1e-10
     for a, b in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(exact, theirs)):
         assert (a - b).abs().max() < 1e-10 * b.abs().max()
@@ -269,7 +271,7 @@ def test_nobody_holds_all_logits(monkeypatch, objective, step):
         train.training_loss(model, x0, u, step, K, loss_fn=loss_of(objective, K)).backward()
         token_nll(model, x0, u, K, objective, loss_of(objective, K))
         if objective != 'ar':
-            next(denoise(model, x0, 4, mask_id=K if objective == 'mdlm' else None))
+            next(denoise(model, x0, *sampling_schedule(4), mask_id=K if objective == 'mdlm' else None))
     assert K * 16 < largest.numel < B * T * K / 4
     with Largest() as largest:                                                    # the watch can see one
         model(x0, torch.zeros(B))
@@ -324,6 +326,18 @@ def test_fp16_gradients_are_made_at_the_scalers_scale():
 
 # ---- reverse
 
+class Oracle:
+    """A 'model' whose words have one distribution, whatever it sees."""
+    def __init__(self, logits):
+        self.output_layer = self
+        self.linear = torch.nn.Linear(1, logits.numel())
+        self.linear.weight.data.zero_()
+        self.linear.bias.data = logits
+
+    def hidden(self, x, sigma):
+        return torch.zeros(*x.shape, 1)
+
+
 @pytest.mark.parametrize('K', [5, 257])
 def test_posterior_against_the_published_code(K):
     r = lambda name: REFERENCE[f'posterior{K}_{name}']
@@ -356,6 +370,57 @@ def test_reverse_step_frequencies(kappa, a_s, a_t):
     assert fits(np.bincount(xs, minlength=K), expected)
 
 
+def test_a_corrector_step_keeps_the_noisy_marginal():
+    """kappa = 0, an exact denoiser, one token: xt ~ q(xt) gives xs ~ q(xs), by the whole vectors and by drawing."""
+    data = torch.tensor([0.6, 0.1, 0.25, 0.05], dtype=torch.float64)
+    for a_s, a_t in ((0.5, 0.5), (0.8, 0.3), (0.2, 0.001)):
+        q_t, q_s = (a * data + (1 - a) / 4 for a in (a_t, a_s))
+        q_0 = posterior(data.expand(4, 4), torch.arange(4), 1.0, a_t)                       # (xt, x0)
+        assert (q_t @ (a_s * q_0 + (1 - a_s) / 4) - q_s).abs().max() < 1e-12
+        xt = torch.multinomial(q_t, 60_000, replacement=True)
+        xs = reverse_step(data.log().float().expand(60_000, 4), xt, a_s, a_t, 0.0)
+        assert fits(np.bincount(xs, minlength=4), q_s)
+
+
+@pytest.mark.parametrize('psi, eta', [('rescale', 0.05), ('cap', 0.01), ('loop', 0.01), ('constant', 0.02), (None, 0)])
+def test_schedules_number_by_number(psi, eta, steps=64):
+    """From the published rules, in plain Python."""
+    n, eps, t9 = steps + 1, 1e-5, 0.1 / 0.999
+    ramp = lambda a, b, m: [a + (b - a) * i / max(1, m - 1) for i in range(m)]
+    times, high, mid = ramp(1, eps, n), 0, n
+    if psi == 'loop':
+        high, mid = round(0.45 * n), round(0.5 * n)
+        times = ramp(1, t9, high) + [t9] * mid + ramp(t9, eps, n - high - mid)
+    a = [1 - 0.999 * t for t in times]
+    alphas, kappas = sampling_schedule(steps, psi, eta)
+    assert len(kappas) == steps and alphas == pytest.approx(a, rel=1e-12)
+    for i in range(steps):
+        most = min(eta, (1 - a[i + 1]) / a[i])
+        sigma = {'rescale': eta * most, 'cap': most, 'constant': eta, 'loop': eta * (high <= i < high + mid - 1), None: 0}[psi]
+        assert kappas[i] == pytest.approx(min(1, max(0, 1 - sigma / (1 - a[i + 1]))), rel=1e-12, abs=1e-15)
+    assert psi is None or 0 < sum(kappa < 1 for kappa in kappas)
+    for few in range(1, 9):
+        alphas, kappas = sampling_schedule(few, psi, eta)
+        assert len(alphas) == few + 1 and len(kappas) == few and sorted(alphas) == alphas
+
+
+def test_commit_keeps_the_surest():
+    entropy = torch.tensor([[0.5, 0.05, 2.0, 1.0]] * 4000)
+    words = torch.full((4000, 4), 9)
+    kept = lambda alpha, settle: (commit(words, entropy, alpha, 1000, settle) == 9).float().mean(0).round().tolist()
+    assert kept(0.5, 0.0) == [1, 1, 0, 0] and kept(0.75, 0.0) == [1, 1, 0, 1] and kept(0.0, 0.1) == [0, 1, 0, 0]
+    noise = commit(words, entropy, 0.0, 5, 0.0)[:, 2]
+    assert fits(np.bincount(noise, minlength=5), torch.full((5,), 0.2))
+
+
+def test_commit_stops_when_all_is_settled():
+    sure, x = torch.tensor([0.0, 9.0, 0.0]), torch.randint(3, (2, 5))
+    fixed = torch.arange(5) == 4
+    frames = list(denoise(Oracle(sure), x, *sampling_schedule(50), fixed.expand(2, 5), settle=0.1))
+    assert len(frames) == 1 and torch.equal(frames[0][:, 4], x[:, 4])
+    assert len(list(denoise(Oracle(sure), x, *sampling_schedule(50), settle=1e-9))) == 51
+
+
 def test_categorical_draws_the_tail():
     p = torch.rand(1003)
     p[[5, 1002]] = 0
@@ -379,26 +444,14 @@ def test_top_p_keeps_the_smallest_nucleus():
     assert kept(1.0) == [True] * 4
 
 
-class Oracle:
-    """A 'model' whose words have one distribution, whatever it sees."""
-    def __init__(self, logits):
-        self.output_layer = self
-        self.linear = torch.nn.Linear(1, logits.numel())
-        self.linear.weight.data.zero_()
-        self.linear.bias.data = logits
-
-    def hidden(self, x, sigma):
-        return torch.zeros(*x.shape, 1)
-
-
 def test_denoise_draws_the_models_words_and_keeps_the_prompt():
     probs = torch.tensor([0.5, 0.25, 0.2, 0.05])
     x = torch.randint(4, (4000, 2))
     fixed = torch.zeros_like(x, dtype=torch.bool)
     fixed[:, 0] = True
-    frames = list(denoise(Oracle(probs.log()), x, 64, fixed))
+    frames = list(denoise(Oracle(probs.log()), x, *sampling_schedule(64), fixed))
     assert len(frames) == 65 and all(torch.equal(frame[:, 0], x[:, 0]) for frame in frames)
-    greedy = list(denoise(Oracle(probs.log()), x, 3, fixed, greedy=True))[-1]
+    greedy = list(denoise(Oracle(probs.log()), x, *sampling_schedule(3), fixed, greedy=True))[-1]
     assert (greedy[:, 1] == 0).all()
 
 
@@ -407,7 +460,7 @@ def test_an_exact_denoiser_samples_the_data():
     word's distribution given all *other* words: what xt itself tells of x0 is in the posterior's formula already.)"""
     data = torch.tensor([0.6, 0.1, 0.25, 0.05])
     for steps in (1, 16):
-        *_, x = denoise(Oracle(data.log()), torch.randint(4, (40_000, 1)), steps)
+        *_, x = denoise(Oracle(data.log()), torch.randint(4, (40_000, 1)), *sampling_schedule(steps))
         assert fits(np.bincount(x[:, 0], minlength=4), data)
 
 # ---- the baselines
@@ -473,11 +526,12 @@ def test_masked_denoising_ends_without_masks_and_saves_calls_that_change_nothing
     start = torch.full((2, 8), 5)
     start[:, 0] = 3
     torch.manual_seed(7)
-    frames = list(denoise(model, start, 200, start < 5, mask_id=5))
+    frames = list(denoise(model, start, *sampling_schedule(200), start < 5, mask_id=5))
     assert len(frames) == 201 and (frames[-1] < 5).all() and (frames[-1][:, 0] == 3).all() and len(calls) < 18
     monkeypatch.setattr(torch, 'equal', lambda *a: False)
     torch.manual_seed(7)
-    assert (torch.stack(list(denoise(model, start, 200, start < 5, mask_id=5))) == torch.stack(frames)).all()
+    again = list(denoise(model, start, *sampling_schedule(200), start < 5, mask_id=5))
+    assert (torch.stack(again) == torch.stack(frames)).all()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from diffusion import denoise, nelbo, soft_tokens, stratified_times, transform
+from diffusion import denoise, nelbo, sampling_schedule, soft_tokens, stratified_times, transform
 from helpers import TINY, checkpoint, equal, good, log, one_line, run
 from model import DiT, DiTConfig
 
@@ -57,27 +57,9 @@ def test_an_older_run_is_set_aside_not_overwritten(work):
     aside.rename(work / 'out')
 
 
-def test_sample(work):
-    said = good(run(work, 'sample.py', '--steps', '3', '--prompt', 'Ünë', '--suffix', 'end', '--num_samples=2', '--top_p=0.9'))
-    texts = said.split('-' * 80 + '\n')[1:-1]
-    assert len(texts) == 2 and all(t.strip('\n').startswith('Ünë') and t.strip('\n').endswith('end') for t in texts)
-    assert '4 network calls for 2 texts of 32 tokens' in said
-    assert run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1] == run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1]
-    frames = good(run(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--weights=raw', '--length=40', '--out=texts.txt'))
-    assert all(f'[call {i}]' in frames for i in range(1, 5)) and (work / 'texts.txt').read_text().count('-' * 80) == 3
-
-
-@pytest.mark.parametrize('args, words', [
-    (['--steps=0'], ['--steps']), (['--temperature=0'], ['--temperature']), (['--top_p=1.5'], ['--top_p']),
-    (['--weights=best'], ['--weights']), (['--out_dir=nowhere'], ['nowhere', 'train.py']), (['--device=tpu'], ['tpu']),
-    (['--prompt', 'x' * 40], ['--length']), (['--out=no/such/folder'], ['--out']), (['--stpes=3'], ['did you mean steps'])])
-def test_sample_refuses_in_one_line(work, args, words):
-    one_line(run(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *words)
-
-
 @pytest.mark.parametrize('args, words', [
     (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
-    (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']),
+    (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']), (['--dcd_kl=both'], ['dcd_kl']),
     (['--log_interval=0'], ['log_interval']), (['--out_dir=tiny.txt/out'], ['tiny.txt/out']), (['--curriculum_k=1'], ['curriculum_k']),
     (['--dataset=owt_t4'], ['prepare.py owt --max_docs']),
     (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
@@ -105,6 +87,7 @@ def test_too_few_micro_batches_for_the_processes(work):
     done = run(work, 'train.py', *TINY, '--out_dir=never', launcher=torchrun)
     assert done.returncode != 0 and 'must be a multiple of the number of processes (2)' in done.stderr
 
+
 def test_distillation_from_the_command_line(work):
     dcd = [*TINY, '--objective=dcd', '--init_from=out', '--dcd_round_iters=3', '--dcd_teacher=ema', '--eval_interval=5']
     good(run(work, 'train.py', *dcd, '--out_dir=dcd-whole'))
@@ -115,6 +98,20 @@ def test_distillation_from_the_command_line(work):
         assert equal(whole[key], parts[key]), key
     assert not equal(whole['teacher'], whole['ema'])
     assert 'network calls' in good(run(work, 'sample.py', '--out_dir=dcd-whole', '--steps=2', '--num_samples=1'))
+
+
+@pytest.mark.parametrize('teacher', ['student', 'ema'])
+def test_the_teacher_is_renewed_where_a_round_begins(work, teacher):
+    """At steps 0, 3, 6: what it is at step 5 is what the student (or its average) was at 3. Raw weights to start from."""
+    dcd = [*TINY, '--objective=dcd', '--init_from=out', '--init_weights=raw', '--dcd_round_iters=3', '--dcd_kl=forward',
+           f'--dcd_teacher={teacher}', '--ema_decay=0.5']
+    at = {}
+    for step in (2, 3, 5):
+        good(run(work, 'train.py', *dcd, f'--out_dir=dcd-{teacher}', f'--max_iters={step}'))
+        at[step] = checkpoint(work / f'dcd-{teacher}')
+    assert equal(at[2]['teacher'], checkpoint(work / 'out')['weights'])
+    assert equal(at[5]['teacher'], at[3]['weights' if teacher == 'student' else 'ema'])
+    assert not equal(at[3]['weights'], at[3]['ema'])
 
 # ---- train.py's functions
 
@@ -199,5 +196,5 @@ def test_eight_rows_are_learnt_by_heart(monkeypatch):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-50:]) / 50 < 0.45                     # of 3.5 for a guess; which row it is costs ln(8)/12 = 0.17
-    *_, x = denoise(model.eval(), torch.randint(32, (64, 12)), 32)
+    *_, x = denoise(model.eval(), torch.randint(32, (64, 12)), *sampling_schedule(32))
     assert (x[:, None] == rows).all(-1).any(-1).float().mean() > 0.9
