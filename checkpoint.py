@@ -1,7 +1,8 @@
 """
 What a run leaves behind, written whole or not at all, and read without executing anything.
 
-out_dir/last.pt             everything a resume needs
+out_dir/step-00000600.pt    everything a resume needs, at some last steps; the newest is also
+out_dir/last.pt
 out_dir/model.safetensors   the EMA weights, and
 out_dir/config.json         all else that sampling, evaluating or sharing needs, with
 out_dir/tokenizer.json      where the tokenizer is our own
@@ -9,6 +10,7 @@ out_dir/tokenizer.json      where the tokenizer is our own
 import json
 import os
 import shutil
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,18 +40,44 @@ def pick_dtype(dtype, device):
     return dtype, nullcontext() if dtype == 'float32' else torch.autocast(kind, getattr(torch, dtype))
 
 
+def flush(path):
+    """To the disk itself, a file or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
 def write_whole(path, write):
-    """write(temporary path), then flush and rename: whoever looks sees the old file or the new one, never half."""
+    """write(temporary path), then flush and rename: whoever looks sees the old file or the new one, never half, and so
+    after a power cut."""
     temporary = f'{path}.tmp'
     write(temporary)
-    with open(temporary, 'rb') as f:
-        os.fsync(f.fileno())
+    flush(temporary)
     os.replace(temporary, path)
+    flush(os.path.dirname(path) or '.')
 
 
-def save(out_dir, state, ema, info, data_folder):
+def milestones(out_dir):
+    """The paths of its step-*.pt, the newest first."""
+    return sorted(map(str, Path(out_dir).glob('step-*.pt')), reverse=True)
+
+
+def has_state(out_dir):
+    return os.path.exists(os.path.join(out_dir, 'last.pt')) or bool(milestones(out_dir))
+
+
+def link(source, path):
+    """A second name for a file, or where the disk knows no such thing, a copy."""
+    Path(path).unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def save(out_dir, state, ema, info, data_folder, keep_last=2):
     """state: the resume's dict of tensors and plain values; ema: the averaged DiT; info: a JSON-able dict;
-    data_folder: where the tokenizer.json is, if there is one."""
+    data_folder: where the tokenizer.json is, if there is one. The newest keep_last states stay."""
     from safetensors.torch import save_file
     weights = {name: p.detach().cpu().contiguous() for name, p in ema.state_dict().items()}
     try:
@@ -58,20 +86,37 @@ def save(out_dir, state, ema, info, data_folder):
             write_whole(os.path.join(out_dir, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
         write_whole(os.path.join(out_dir, 'model.safetensors'), lambda path: save_file(weights, path))
         write_whole(os.path.join(out_dir, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
-        write_whole(os.path.join(out_dir, 'last.pt'), lambda path: torch.save(state, path))
+        newest = os.path.join(out_dir, f'step-{state["step"]:08}.pt')
+        write_whole(newest, lambda path: torch.save(state, path))
+        write_whole(os.path.join(out_dir, 'last.pt'), lambda path: link(newest, path))
+        for old in milestones(out_dir)[keep_last:]:
+            os.remove(old)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         raise SystemExit(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
 
 
 def load_state(out_dir, device='cpu'):
-    """The dict that save() was given."""
-    path = os.path.join(out_dir, 'last.pt')
-    if not os.path.exists(path):
-        raise SystemExit(f'no checkpoint at {path}: train first, or name another folder with --out_dir')
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:
-        raise SystemExit(f'cannot read {path}: {str(e).splitlines()[0][:200]}')
+    """The dict that save() was given last, from the newest file that is whole; if that is not last.pt, it says why."""
+    broken = []
+    for path in [os.path.join(out_dir, 'last.pt'), *milestones(out_dir)]:
+        try:
+            if bad := zipfile.ZipFile(path).testzip():               # torch writes checksums, but does not read them
+                raise ValueError(f'{bad} is damaged')
+            state = torch.load(path, map_location=device, weights_only=True)
+            if missing := {'weights', 'ema', 'optimizer', 'scaler', 'teacher', 'step', 'model', 'settings', 'best',
+                            'seconds', 'skipped', 'fingerprint'} - set(state):
+                raise ValueError(f'it has no {min(missing)}')
+        except FileNotFoundError:
+            continue
+        except Exception as e:
+            broken.append(f'{path} cannot be used ({" ".join(str(e).split())[:200]})')
+            continue
+        if path != os.path.join(out_dir, 'last.pt'):
+            print('; '.join(broken or [f'last.pt is gone from {out_dir}']) + f': going on from {path}')
+        return state
+    if not broken:
+        raise SystemExit(f'no checkpoint in {out_dir}: train first, or name another folder with --out_dir')
+    raise SystemExit('; '.join(broken))
 
 
 def load_model(out_dir, weights='ema', device='cpu'):

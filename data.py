@@ -5,6 +5,7 @@ A data set is a folder: train.bin and val.bin (a flat uint16 stream, every docum
 (the tokenizer, its size, its special ids, the counts) and, for a BPE of our own, tokenizer.json.
 """
 import functools
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -81,6 +82,24 @@ def load_data(folder):
                          f'{known.get(folder.name, folder.name)}, '
                          f'or from text of yours with python prepare.py FILE --name {folder.name}')
     return meta, data
+
+
+def check_tokens(data, vocab_size, folder):
+    """Ends in one line if a stream holds a word that the tokenizer has not. Reads all of it, gigabytes a second."""
+    for split, tokens in data.items():
+        most = max((int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26)), default=0)
+        if most >= vocab_size:
+            raise SystemExit(f'{folder}/{split}.bin holds token {most}, and there are {vocab_size} words: prepare it again')
+
+
+def fingerprint(data):
+    """A checksum of the streams' lengths and of a thousand places in each: rewritten data will not have it."""
+    digest = hashlib.sha256()
+    for tokens in data.values():
+        digest.update(str(len(tokens)).encode())
+        for at in np.linspace(0, max(0, len(tokens) - 512), 1000).astype(np.int64):
+            digest.update(np.ascontiguousarray(tokens[at:at + 512]))
+    return digest.hexdigest()
 
 
 def num_rows(tokens, block_size):

@@ -6,19 +6,23 @@ Train Duo, a language model that denoises all its words at once. As it stands th
     torchrun --nproc_per_node=8 train.py config/owt_duo.py              # the paper's OpenWebText run, 8 GPUs
     python train.py config/owt_duo.py --batch_size=8 --compile=False    # any setting below can be changed so
 
-To go on with a stopped run, give the same command and --init_from=resume. On several nodes, start
-torchrun --nnodes=2 --node_rank=0 (then 1) --master_addr=IP --nproc_per_node=8 train.py ... on each of them.
+To go on with a stopped run, give the same command and --init_from=resume; --init_from=auto does so if there is one to go
+on with, and else begins. On several nodes, start torchrun --nnodes=2 --node_rank=0 (then 1) --master_addr=IP
+--nproc_per_node=8 train.py ... on each of them. What would it cost? --dry_run.
 """
 import copy
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,9 +30,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import load_model, load_state, pick_device, pick_dtype, save
+from checkpoint import has_state, load_model, load_state, pick_device, pick_dtype, save, write_whole
 from configurator import configure
-from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
+from data import check_tokens, epoch_rows, fingerprint, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, head_loss, loss_of, mean_and_error,
                        nelbo, reverse_process, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
@@ -36,11 +40,17 @@ from model import DiT, DiTConfig
 # --- files and intervals, in steps
 out_dir = 'out'
 data_dir = 'data'
-eval_interval = 600          # validate and write a checkpoint
+eval_interval = 600          # validate, and write a checkpoint
+checkpoint_interval = 0      # write one at these steps too; 0: at no others
+checkpoint_minutes = 15.0    # and whenever the last is so old; 0: never for that
+keep_last = 2                # checkpoints to keep, should the newest get lost
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50
 eval_only = False            # validate once and stop
-init_from = 'scratch'        # 'scratch', 'resume', or the folder of a run whose weights to start from:
+dry_run = False              # take three steps, say what the whole run would take, leave nothing
+price_per_hour = 0.0         # of all devices together, for that
+init_from = 'scratch'        # 'scratch', 'resume', 'auto' (resume what there is, else scratch; 'auto:FOLDER': else
+                             # FOLDER), or the folder of a run whose weights to start from:
 init_weights = 'ema'         # their average, or 'raw'
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
@@ -78,6 +88,7 @@ weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0              # 0 for none
+max_bad_steps = 20           # steps without a finite loss and gradient are skipped; more than so many in a row end it
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
@@ -85,6 +96,7 @@ device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
 dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits the device
 compile = False              # torch.compile: pays from a few minutes of GPU time on
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
+detect_anomaly = False       # find the operation that made a nan; slow
 
 
 def learning_rate_at(step):
@@ -154,7 +166,20 @@ def seed_from(*numbers):
 
 if __name__ == '__main__':
     settings = configure(globals())
+    chosen = {name: value for name, value in settings.items() if value != globals()[name]}  # not as they stand above
     globals().update(settings)
+
+    # ---- a scheduler's signal, or Ctrl-C: the step is finished and a checkpoint written
+    stop, looping = 0, False
+
+    def on_signal(number, frame):
+        global stop
+        stop = number
+        if not looping:
+            print(f'{signal.Signals(number).name} outside the loop: nothing is left to save', file=sys.stderr)
+            sys.exit(128 + number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
 
     # ---- one process or many (torchrun), a device each
     ddp = 'RANK' in os.environ
@@ -164,12 +189,13 @@ if __name__ == '__main__':
     device_type = device.split(':')[0]
     dtype, autocast = pick_dtype(dtype, device)
     torch.set_float32_matmul_precision('high')
+    torch.autograd.set_detect_anomaly(detect_anomaly)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-                 'num_samples', 'sample_steps', 'dcd_round_iters', 'n_layer', 'n_head', 'n_embd', 'cond_dim'):
+                 'num_samples', 'sample_steps', 'keep_last', 'dcd_round_iters', 'n_layer', 'n_head', 'n_embd', 'cond_dim'):
         if settings[name] < 1:
             raise SystemExit(f'--{name}={settings[name]}: it must be at least 1')
     for name in ('max_iters', 'curriculum_iters', 'warmup_iters', 'cooldown_iters', 'seed', 'learning_rate',
-                 'grad_clip'):
+                 'grad_clip', 'checkpoint_interval', 'checkpoint_minutes', 'price_per_hour', 'max_bad_steps'):
         if settings[name] < 0:
             raise SystemExit(f'--{name}={settings[name]}: it must not be negative')
     if curriculum_iters and not (tau > 0 and curriculum_k >= 2 and gamma_min < gamma_max):
@@ -189,6 +215,18 @@ if __name__ == '__main__':
             device = f'cuda:{local_rank}'
             torch.cuda.set_device(device)
         dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+        control = dist.new_group(backend='gloo')                          # for what the processes must agree on
+
+    def agree(number):
+        """The largest of all processes' numbers. If one of them is gone, this is where the others notice, at once."""
+        if not ddp:
+            return number
+        largest = torch.tensor(number)
+        try:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
+        except RuntimeError:
+            raise SystemExit(f'rank {rank}: another process has ended; what it said comes first')
+        return largest.item()
 
     # ---- data
     folder = os.path.join(data_dir, dataset)
@@ -200,6 +238,8 @@ if __name__ == '__main__':
         dist.barrier()
     meta, data = load_data(folder)
     vocab_size = meta['vocab_size']
+    if master:
+        check_tokens(data, vocab_size, folder)
     if objective == 'duo' and curriculum_iters and curriculum_k > vocab_size:
         raise SystemExit(f'--curriculum_k={curriculum_k} is more than the {vocab_size} words there are')
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
@@ -219,8 +259,10 @@ if __name__ == '__main__':
                                   weight_decay=weight_decay, fused=device_type != 'mps')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
-    step, best, elapsed = 0, math.inf, 0.0
+    step, best, elapsed, skipped = 0, math.inf, 0.0, 0
 
+    if init_from.split(':')[0] == 'auto':
+        init_from = 'resume' if has_state(out_dir) else init_from[5:] or 'scratch'
     if init_from == 'resume':
         state = load_state(out_dir, device)
         old = state['settings']
@@ -228,6 +270,11 @@ if __name__ == '__main__':
                             if v != old.get(k) and k != 'init_from')
         if state['model'] != asdict(model.config):
             raise SystemExit(f'{out_dir} holds another model ({changed}): resume with the command that began it')
+        if old.get('objective') != objective or old.get('dataset') != dataset:
+            raise SystemExit(f'{out_dir} holds another kind of run ({changed}): begin a new one, with --init_from={out_dir}')
+        if state['fingerprint'] != fingerprint(data):
+            raise SystemExit(f'the token files in {folder} are not those that the run in {out_dir} began with: put them '
+                             f'back, or begin a new run, with --init_from={out_dir}')
         if master and changed:
             print(f'resuming with changed settings: {changed}')
         model.load_state_dict(state['weights'])
@@ -237,7 +284,7 @@ if __name__ == '__main__':
             group.update(betas=(beta1, beta2), weight_decay=weight_decay, fused=device_type != 'mps')
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
-        step, best, elapsed = state['step'], state['best'], state['seconds']
+        step, best, elapsed, skipped = (state[key] for key in ('step', 'best', 'seconds', 'skipped'))
         if teacher:
             teacher.load_state_dict(state['teacher'])
         del state
@@ -248,7 +295,10 @@ if __name__ == '__main__':
             raise SystemExit(f'{init_from} holds another model or tokenizer ({trained.config}): give the same')
         model.load_state_dict(trained.state_dict())
         ema.load_state_dict(trained.state_dict())
-    if master and init_from != 'resume' and not eval_only and os.path.exists(os.path.join(out_dir, 'last.pt')):
+    if agree(step) != -agree(-step):
+        raise SystemExit(f'rank {rank} found step {step}, others did not: --out_dir must be on a disk that all nodes share')
+    leaves_nothing = eval_only or dry_run
+    if master and init_from != 'resume' and not leaves_nothing and has_state(out_dir):
         aside = time.strftime(f'{out_dir.rstrip("/")}-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
@@ -269,12 +319,11 @@ if __name__ == '__main__':
         except OSError as e:
             raise SystemExit(f'cannot make --out_dir={out_dir}: {e.strerror}')
         log_path = os.path.join(out_dir, 'log.jsonl')
-        if init_from == 'resume' and not eval_only and os.path.exists(log_path):         # what it will say again goes
+        if init_from == 'resume' and not leaves_nothing and os.path.exists(log_path):    # what it will say again goes
             with open(log_path) as f:
                 lines = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] <= step]
-            with open(log_path, 'w') as f:
-                f.writelines(lines)
-        log_file = open(os.devnull if eval_only else log_path, 'a', buffering=1)
+            write_whole(log_path, lambda path: Path(path).write_text(''.join(lines)))
+        log_file = open(os.devnull if leaves_nothing else log_path, 'a', buffering=1)
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {device} {dtype}, '
               f'{n_train:,} rows of {block_size} ({meta["tokenizer"]}, {vocab_size} words)')
         if wandb_log:
@@ -314,32 +363,43 @@ if __name__ == '__main__':
             val_bpd=nll / math.log(2), val_ppl=math.exp(min(nll, 99)), val_bpb=bpb, seconds=time.time() - began)
         return nll
 
+    def write_checkpoint():
+        if not all(p.isfinite().all() for p in ema.parameters()):
+            raise SystemExit(f'the weights are not finite at step {step}: {out_dir} keeps the last good checkpoint, if '
+                             f'there is one; a lower --learning_rate may help ({chosen})')
+        info = dict(objective=kind, model=asdict(model.config), data=meta, settings=settings, step=step,
+                    val_loss=val_loss)
+        state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, skipped=skipped,
+                     fingerprint=fingerprint(data), seconds=time.time() - began, **info)
+        save(out_dir, state, ema, info, folder, keep_last)
+
     # ---- the loop
     params, ema_params = list(model.parameters()), list(ema.parameters())
-    one, total = torch.ones((), device=device), torch.zeros((), device=device)
-    ticked = time.time()
-    began, logged, start = ticked - elapsed, step, step
+    one = torch.ones((), device=device)
+    total, good, in_a_row, broken = (torch.zeros((), device=device) for _ in range(4))
+    ticked = saved = time.time()
+    began, logged, start, val_loss = ticked - elapsed, step, step, None
+    times, looping, last_step = [], True, min(max_iters, step + 3) if dry_run else max_iters
     while True:
-        done = step >= max_iters
-        if done or eval_only or (step > start and step % eval_interval == 0):
-            paused = time.time()
+        stop, done, paused = agree(stop), step >= last_step, time.time()
+        if not dry_run and (done and not stop or eval_only or (step > start and step % eval_interval == 0)):
             val_loss = validate()
-            best = min(best, val_loss)
-            if master and not eval_only:
-                info = dict(objective=kind, model=asdict(model.config), data=meta, settings=settings, step=step,
-                            val_loss=val_loss)
-                state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                             scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best,
-                             seconds=time.time() - began, **info)
-                save(out_dir, state, ema, info, folder)
-            ticked += time.time() - paused
-        if done or eval_only:
+            best, saved = min(best, val_loss), 0
+        if master and not leaves_nothing and step > start and (
+                done or stop or checkpoint_interval and step % checkpoint_interval == 0
+                or checkpoint_minutes and time.time() - saved > 60 * checkpoint_minutes):
+            write_checkpoint()
+            saved = time.time()
+        ticked += time.time() - paused
+        if done or eval_only or stop:
             break
 
         if teacher and step % dcd_round_iters == 0:                      # a round begins
             teacher.load_state_dict((ema if dcd_teacher == 'ema' else model).state_dict())
         for group in optimizer.param_groups:
             group['lr'] = learning_rate_at(step)
+        mean = torch.zeros((), device=device)
         offset = np.random.default_rng([seed, step]).random()            # stratifies the times of all the step's rows
         for m in range(rank, gradient_accumulation_steps, world):        # my share of the step's micro-batches
             torch.manual_seed(seed_from(seed, step, m))                  # noise and dropout belong to the micro-batch
@@ -354,36 +414,62 @@ if __name__ == '__main__':
                         loss = distillation_loss(train_model, teacher, x0, u, step, vocab_size, grad_scale, distil_fn)
                     else:
                         loss = training_loss(train_model, x0, u, step, vocab_size, None, grad_scale, loss_fn)
-                scaler.scale(loss * world / gradient_accumulation_steps).backward()  # DDP takes the mean over ranks
-            total += loss.detach() / gradient_accumulation_steps
+                finite = loss.detach().isfinite()
+                fine = torch.where(finite, 1.0, torch.nan)               # so that a bad loss spoils all ranks' gradients
+                scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()  # DDP: the mean over ranks
+            mean += loss.detach() / gradient_accumulation_steps
+            broken += ~finite
         scaler.unscale_(optimizer)
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(params, grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        finite = norm.isfinite()
+        if optimizer.defaults['fused']:
+            optimizer.found_inf = 1.0 - finite.float()                   # it skips the step by itself: nobody waits
+        elif not finite:
+            optimizer.zero_grad()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        total += torch.where(finite, mean, 0)
+        good += finite
+        in_a_row = (in_a_row + 1) * ~finite
         update_average(ema_params, params, ema_decay_at(step))
         step += 1
         progress.update()
+        if dry_run:
+            norm.item()                                                  # the device has finished
+            times.append(time.time())
 
         if step % log_interval == 0 or step == max_iters:                # nowhere else does the CPU wait for the device
             if ddp:
                 dist.all_reduce(total)
-            loss = total.item() / (step - logged)
-            if not math.isfinite(loss):
-                raise SystemExit(f'the loss is {loss} near step {step}: {out_dir} keeps the last good checkpoint, if '
-                                 'there is one; a lower --learning_rate may help')
+            loss, lost = total.item() / max(1, good.item()), round(step - logged - good.item())
+            skipped += lost
+            if in_a_row > max_bad_steps:
+                raise SystemExit(f'rank {rank}: no finite loss and gradient in the {in_a_row:.0f} steps before {step}; here '
+                                 f'{broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, if '
+                                 f'there is one; a lower --learning_rate may help ({chosen})')
             speed = (step - logged) / (time.time() - ticked)
             log(f'step {step}: ' + (f'KL {loss:.5f}, ' if teacher else f'loss {loss:.4f}, ') +
-                f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left', step=step,
-                loss=loss, lr=learning_rate_at(step - 1), tokens_per_s=speed * tokens_per_step,
+                f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left' +
+                f', {lost} steps skipped' * (lost > 0), step=step, loss=loss, skipped=skipped, lr=learning_rate_at(step - 1), tokens_per_s=speed * tokens_per_step,
                 seconds=time.time() - began)
-            total.zero_()
+            total.zero_(), good.zero_()
             ticked, logged = time.time(), step
 
     # ---- show what it has learnt
     progress.close()
-    if master and not eval_only:
+    if dry_run and master:
+        hours = max_iters * (times[-1] - times[0]) / (len(times) - 1) / 3600
+        memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
+                  1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
+        print(f'{max_iters:,} steps of {hours * 3600 / max_iters * 1000:.0f} ms: about {hours:.1f} hours on this machine, '
+              f'validation not counted; {max_iters * tokens_per_step / 1e9:.3g}G tokens, '
+              f'{max_iters * tokens_per_step / (n_train * block_size):.3g} times the text; peak memory {memory:.2f} GB; ' +
+              (f'cost about {hours * price_per_hour:,.2f}' if price_per_hour else 'cost: give a --price_per_hour'))
+    if stop and master:
+        print(f'{signal.Signals(stop).name}: stopped after step {step}' + (
+            '' if leaves_nothing else f'; the same command and --init_from=resume goes on from {out_dir}'))
+    if master and not (leaves_nothing or stop):
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
@@ -396,3 +482,4 @@ if __name__ == '__main__':
             print('-' * 80, tokenizer.decode(ids), sep='\n')
     if ddp:
         dist.destroy_process_group()
+    sys.exit(128 + stop if stop else 0)
