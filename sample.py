@@ -9,13 +9,14 @@ import time
 
 import torch
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import export, load_model, pick_device, pick_dtype
 from configurator import configure
 from data import load_tokenizer
 from diffusion import blank, generate
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
+init_from = ''               # instead of out_dir: hf:org/name, a folder, or an official .ckpt
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained, without averaging
 steps = 128                  # network calls in the loop; removing the last noise takes one more (AR: one a token)
 num_samples = 3
@@ -30,6 +31,7 @@ seed = 1337
 # --- where to
 watch = False                # show the first text while it denoises
 out = ''                     # a file to write the texts to, instead of printing them
+export_official = ''         # a new folder: write the model there as the authors' code reads it, and stop
 device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
 compile = False              # torch.compile: pays for many samples
@@ -38,7 +40,7 @@ compile = False              # torch.compile: pays for many samples
 def load(out_dir='out', weights='ema', device='cpu'):
     """model, tokenizer, info (config.json's dict) of a trained run."""
     model, info = load_model(out_dir, weights, device)
-    return model, load_tokenizer(info['data'], out_dir), info
+    return model, load_tokenizer(info['data'], info['folder']), info
 
 
 def first_words(tokenizer, info, num_samples, length, prompt='', suffix='', device='cpu'):
@@ -69,7 +71,9 @@ if __name__ == '__main__':
             raise SystemExit(f'--{name}={value} makes no sense: see --help')
     device = pick_device(device)
     dtype, autocast = pick_dtype(dtype, device)
-    model, tokenizer, info = load(out_dir, weights, device)
+    if export_official:
+        raise SystemExit(export(*load_model(init_from or out_dir, weights), export_official))
+    model, tokenizer, info = load(init_from or out_dir, weights, device)
     if compile and info['objective'] != 'ar':  # a text that grows would be compiled at every word
         model.hidden = torch.compile(model.hidden)
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import load_model, load_state, pick_device, pick_dtype, save
+from checkpoint import load_model, load_state, pick_device, pick_dtype, save, write_card
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, generate, head_loss, loss_of,
@@ -40,7 +40,7 @@ eval_interval = 600          # validate and write a checkpoint
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50
 eval_only = False            # validate once and stop
-init_from = 'scratch'        # 'scratch', 'resume', or the folder of a run whose averaged weights to start from
+init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name, an official .ckpt
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
 # --- wandb
@@ -152,6 +152,7 @@ def seed_from(*numbers):
 
 if __name__ == '__main__':
     settings = configure(globals())
+    changed = {name: value for name, value in settings.items() if value != globals()[name]}
     globals().update(settings)
 
     # ---- one process or many (torchrun), a device each
@@ -382,6 +383,7 @@ if __name__ == '__main__':
     progress.close()
     if master and not eval_only:
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
+        write_card(out_dir, changed, sys.argv[1:], world)
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
         ema.__dict__.pop('hidden', None)                                  # compiled for rows, not for a growing text
