@@ -232,8 +232,8 @@ def export(model, info, folder):
 MEASURED = '<!-- train.py writes what stands below this line, anew with every run -->'
 
 
-def write_card(out_dir, changed, arguments, world):
-    """out_dir/README.md. changed: the settings that are not train.py's own; arguments: train.py's; world: processes."""
+def write_card(out_dir, chosen, arguments, world):
+    """out_dir/README.md. chosen: the settings that are not train.py's own; arguments: train.py's; world: processes."""
     folder = Path(out_dir)
     info, card = json.loads((folder / 'config.json').read_text()), folder / 'README.md'
     r = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines() if '"val_loss"' in line][-1]
@@ -270,7 +270,7 @@ Made by
 
     {launch} {shlex.join(['train.py', *arguments])}
 
-that is, the settings of train.py save {', '.join(f'{key} = {value!r}' for key, value in changed.items()) or 'none'}.
+that is, the settings of train.py save {', '.join(f'{key} = {value!r}' for key, value in chosen.items()) or 'none'}.
 
 To use it, in a checkout of nanoDuo, from the hub or from a folder:
 

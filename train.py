@@ -152,7 +152,7 @@ def seed_from(*numbers):
 
 if __name__ == '__main__':
     settings = configure(globals())
-    changed = {name: value for name, value in settings.items() if value != globals()[name]}
+    chosen = {name: value for name, value in settings.items() if value != globals()[name]}
     globals().update(settings)
 
     # ---- one process or many (torchrun), a device each
@@ -383,7 +383,7 @@ if __name__ == '__main__':
     progress.close()
     if master and not eval_only:
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
-        write_card(out_dir, changed, sys.argv[1:], world)
+        write_card(out_dir, chosen, sys.argv[1:], world)
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
         ema.__dict__.pop('hidden', None)                                  # compiled for rows, not for a growing text
