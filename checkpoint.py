@@ -166,8 +166,8 @@ def find_weights(where):
     path = Path(where)
     found = lambda: [path] if path.is_file() else list(path.glob('model.safetensors')) or list(path.glob('*.ckpt'))
     if where.startswith('hf:'):
-        from huggingface_hub import snapshot_download
         try:
+            from huggingface_hub import snapshot_download
             for weights in ('model.safetensors', '*.ckpt'):  # gigabytes: I fetch the second if there is no first
                 if not found():
                     path = Path(snapshot_download(where[3:], allow_patterns=['*.json', weights]))
@@ -215,8 +215,7 @@ def export(model, info, folder):
     """Write a model with the authors' names, layout and config.json, beside my own fields, into a new folder."""
     if Path(folder, 'model.safetensors').exists():
         raise SystemExit(f'{folder} holds a model already: name another folder')
-    c = info['model']
-    head_dim = c['n_embd'] // c['n_head']
+    c, head_dim = info['model'], info['model']['n_embd'] // info['model']['n_head']
     state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
     state['backbone.rotary_emb.inv_freq'] = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
     config = {key: value for key, value in info.items() if key != 'folder'} | {k: c[v] for k, v in AUTHORS.items()}
@@ -237,7 +236,7 @@ def write_card(out_dir, chosen, arguments, world):
     folder = Path(out_dir)
     info, card = json.loads((folder / 'config.json').read_text()), folder / 'README.md'
     r = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines() if '"val_loss"' in line][-1]
-    head, found, _ = card.read_text().partition(MEASURED) if card.exists() else (f'''---
+    head, found, _ = card.read_text('utf-8').partition(MEASURED) if card.exists() else (f'''---
 # license: mit    (it is yours to choose)
 library_name: nanoduo
 pipeline_tag: text-generation
@@ -279,7 +278,7 @@ To use it, in a checkout of nanoDuo, from the hub or from a folder:
     python train.py --init_from=hf:ORG/NAME    # and its own settings of data and model
 '''
     try:
-        write_whole(card, lambda path: Path(path).write_text(text))
+        write_whole(card, lambda path: Path(path).write_text(text, 'utf-8'))
         print(f'wrote {card}')
     except OSError as e:
         print(f'no {card}: {e.strerror}')
