@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_model
+from checkpoint import load_model, write_card
 from data import load_tokenizer
 from helpers import ROOT, TINY, checkpoint, equal, good, log, one_line, run
 from model import DiT, DiTConfig
@@ -218,10 +218,11 @@ def test_a_run_is_a_repository_of_the_hub(work, tmp_path):
 def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
     shutil.copytree(work / 'out', tmp_path / 'out')
     card = tmp_path / 'out' / 'README.md'
-    again = lambda: good(run(work, 'train.py', *TINY, f'--out_dir={tmp_path / "out"}', '--init_from=resume'))
+    again = lambda: write_card(str(tmp_path / 'out'), {'seed': 7}, ['--init_from=resume', '--out_dir=my run'], 8)
     card.write_text(card.read_text().replace('# license: mit    (it is', 'license: gpl').replace('+-', '?'))
     again()
-    assert all(word in card.read_text() for word in ('\nlicense: gpl', '+-', '--init_from=resume'))
+    command = "torchrun --nproc_per_node=8 train.py --init_from=resume '--out_dir=my run'\n"
+    assert all(word in card.read_text() for word in ('\nlicense: gpl', '+-', command, 'save seed = 7.'))
     card.write_text('mine')
     again()
     assert card.read_text() == 'mine'
