@@ -25,8 +25,8 @@ import train
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
 from data import epoch_rows, get_rows, load_data, num_rows
-from diffusion import (alpha_linear, denoise, gaussian, nelbo, q_sample, reverse_step, sampling_schedule, soft_tokens, stratified_times,
-                       transform, write_on)
+from diffusion import (alpha_linear, denoise, gaussian, nelbo, q_sample, reverse_step, sampling_schedule, soft_tokens,
+                       stratified_times, transform, write_on)
 from model import DiT, DiTConfig
 
 vocab_size = 50257

@@ -1,14 +1,17 @@
 """
-What a run leaves behind, written whole or not at all, and read without executing anything.
+What a run leaves behind, written whole or not at all, and what others left, read without executing anything.
 
 out_dir/step-00000600.pt    everything a resume needs, at some last steps; the newest is also
 out_dir/last.pt
 out_dir/model.safetensors   the EMA weights, and
 out_dir/config.json         all else that sampling, evaluating or sharing needs, with
 out_dir/tokenizer.json      where the tokenizer is our own
+out_dir/README.md           its card on the Hugging Face hub
 """
 import json
 import os
+import re
+import shlex
 import shutil
 import zipfile
 from contextlib import nullcontext
@@ -17,6 +20,15 @@ from pathlib import Path
 import torch
 
 from model import DiT, DiTConfig
+
+# What the authors' config.json calls the fields of DiTConfig, and the models of theirs that I know as one of mine.
+AUTHORS = dict(vocab_size='vocab_size', model_length='block_size', n_blocks='n_layer', n_heads='n_head',
+               hidden_dim='n_embd', cond_dim='cond_dim', causal='causal')
+KINDS = dict(duo='duo', duo_base='duo', distillation='duo', udlm='duo', mdlm='mdlm', ar='ar')
+WRAPPERS = re.compile(r'\b(backbone|module|_orig_mod|model)\.')  # what others put before the names of parameters
+# Beside tensors their .ckpt files hold settings and a tokenizer, objects of these modules.
+HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing)\.'
+                      r'|collections\.defaultdict$|builtins\.(dict|list|tuple|int|float|str|bool|object)$')
 
 
 def pick_device(device):
@@ -75,17 +87,22 @@ def link(source, path):
         shutil.copyfile(source, path)
 
 
+def write_model(folder, weights, info, tokenizer_from):
+    """model.safetensors, config.json and, if tokenizer_from has one, tokenizer.json: what load_model reads."""
+    from safetensors.torch import save_file
+    tokenizer = os.path.join(tokenizer_from, 'tokenizer.json')
+    if os.path.exists(tokenizer):
+        write_whole(os.path.join(folder, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    write_whole(os.path.join(folder, 'model.safetensors'), lambda path: save_file(weights, path, {'format': 'pt'}))
+    write_whole(os.path.join(folder, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
+
+
 def save(out_dir, state, ema, info, data_folder, keep_last=2):
     """state: the resume's dict of tensors and plain values; ema: the averaged DiT; info: a JSON-able dict;
     data_folder: where the tokenizer.json is, if there is one. The newest keep_last states stay."""
-    from safetensors.torch import save_file
-    weights = {name: p.detach().cpu().contiguous() for name, p in ema.state_dict().items()}
     try:
-        tokenizer = os.path.join(data_folder, 'tokenizer.json')
-        if os.path.exists(tokenizer):
-            write_whole(os.path.join(out_dir, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
-        write_whole(os.path.join(out_dir, 'model.safetensors'), lambda path: save_file(weights, path))
-        write_whole(os.path.join(out_dir, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
+        write_model(out_dir, ema.state_dict(), info, data_folder)
         newest = os.path.join(out_dir, f'step-{state["step"]:08}.pt')
         write_whole(newest, lambda path: torch.save(state, path))
         write_whole(os.path.join(out_dir, 'last.pt'), lambda path: link(newest, path))
@@ -119,23 +136,194 @@ def load_state(out_dir, device='cpu'):
     raise SystemExit('; '.join(broken))
 
 
-def load_model(out_dir, weights='ema', device='cpu'):
-    """model (DiT, eval mode) and info (config.json's dict) of a trained run; weights: 'ema' or 'raw'."""
+class Inert(dict):
+    """Stands for any object of a foreign pickle: takes its state, runs nothing of its class."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
+
+
+def load_lightning(path, weights):
+    """state dict and config (keys as in the authors' config.json) of a Lightning .ckpt."""
+    strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if payload := [name for name in strange if not HARMLESS.match(name)]:
+        raise SystemExit(f'{path} is a pickle that wants to run {", ".join(payload)}: not opened. Ask for safetensors')
+    with torch.serialization.safe_globals([(Inert, name) for name in strange]):
+        ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+
+    def plain(x):  # a dict out of omegaconf's nodes
+        x = x.get('_content', x.get('_val')) if isinstance(x, Inert) else x
+        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    settings = plain(ckpt.get('hyper_parameters', {}).get('config', {})) or {}
+    model = settings.get('model', {})
+    config = dict(model_type=settings.get('algo', {}).get('name'), n_heads=model.get('n_heads'),
+                  model_length=model.get('length'), hidden_dim=model.get('hidden_size'))
+    state = {name: w for name, w in ckpt['state_dict'].items() if not name.endswith('inv_freq')}
+    if weights == 'ema':  # a list, in the order of the parameters: that of the state dict
+        shadow = (ckpt.get('ema') or {}).get('shadow_params') or []
+        if [w.shape for w in shadow] != [w.shape for w in state.values()]:
+            raise SystemExit(f'{path}: its moving average ({len(shadow)} tensors) is none of its {len(state)} weights: '
+                             '--weights=raw takes those')
+        state = dict(zip(state, shadow))
+    return state, {key: value for key, value in config.items() if type(value) in (str, int)}
+
+
+def infer_info(config, state, where):
+    """The info of a model of the authors': from their config.json's dict, checked against the tensors, and from the
+    tensors' shapes where it is silent. Leaves out of state the word that no text has."""
+    if 'vocab_embed.embedding' not in state:
+        raise SystemExit(f'{where} holds no DiT: vocab_embed.embedding is missing')
+    K, C = state['vocab_embed.embedding'].shape
+    cond_dim = next((w.size(1) for name, w in state.items() if name.endswith('adaLN_modulation.weight')), None)
+    causal = cond_dim is None
+    assumed = dict(model_type='ar' if causal else 'duo', n_heads=max(1, C // 64), model_length=1024)
+    kind = str(config.get('model_type', assumed['model_type'])).lower()
+    objective = 'ar' if causal else KINDS.get(kind)
+    if objective is None or objective != 'duo' and K == 30522:  # BERT has a mask among its words, mine comes after them
+        raise SystemExit(f'{where} is a {kind} model of {K} words: I know Duo, and MDLM and AR with GPT-2\'s words')
+    have = dict(vocab_size=K, hidden_dim=C, cond_dim=cond_dim, causal=causal, time_conditioning=objective == 'duo',
+                n_blocks=len({name.split('.')[1] for name in state if name.startswith('blocks.')}))
+    for key, value in have.items():
+        if value is not None and config.get(key, value) != value:
+            raise SystemExit(f'{where}: its config says {key} {config[key]}, its tensors {value}')
+    words = K - (objective == 'mdlm')
+    if words in (50258, 30523):  # [PAD] in Duo, a mask in AR: no text has it, so I go without
+        words, assumed['its last word'] = words - 1, 'is in no text, left out'
+        for name in {'vocab_embed.embedding', 'output_layer.linear.weight', 'output_layer.linear.bias'} & set(state):
+            state[name] = state[name][:words]
+    tokenizer, bos, eos, pad = {50257: ('gpt2', 50256, 50256, None), 30522: ('bert', 101, 102, 0)}.get(
+        words, (f'of {words} words', 0, 0, None))
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{where}: {objective}, {have["n_blocks"]} layers of {C}, {words} words ({tokenizer}); assumed: '
+              + (', '.join(f'{key} {value}' for key, value in assumed.items() if key not in config) or 'nothing'))
+    model = {AUTHORS[key]: value for key, value in (assumed | config | have).items() if key in AUTHORS}
+    model.update(vocab_size=words + (objective == 'mdlm'), cond_dim=cond_dim or DiTConfig.cond_dim)
+    return dict(objective=objective, model=model, settings={}, data=dict(
+        tokenizer=tokenizer, tokenizer_sha256=None, vocab_size=words, bos_id=bos, eos_id=eos, pad_id=pad))
+
+
+def find_weights(where):
+    """The Path of a model's file; see load_model."""
+    path = Path(where)
+    found = lambda: [path] if path.is_file() else list(path.glob('model.safetensors')) or list(path.glob('*.ckpt'))
+    if where.startswith('hf:'):
+        try:
+            from huggingface_hub import snapshot_download
+            for weights in ('model.safetensors', '*.ckpt'):  # gigabytes: I fetch the second if there is no first
+                if not found():
+                    path = Path(snapshot_download(where[3:], allow_patterns=['*.json', weights]))
+        except Exception as e:
+            raise SystemExit(f'cannot fetch {where}, nor is it in the cache ({type(e).__name__}): '
+                             f'{" ".join(str(e).split())[:200]}')
+    if len(found()) != 1:
+        raise SystemExit(f'no trained model in {where}, or several: run train.py first, or name another folder, '
+                         'hf:org/name, or a .ckpt')
+    return found()[0]
+
+
+def load_model(where, weights='ema', device='cpu'):
+    """model (DiT, eval mode) and info (config.json's dict, and the 'folder' it lies in).
+
+    where: the folder of a run; or of a model of the authors' (their config.json and model.safetensors); or a Lightning
+    .ckpt of theirs; or hf:org/name, such a folder on the Hugging Face hub. weights: 'ema' or 'raw'."""
     from safetensors.torch import load_file
-    path = os.path.join(out_dir, 'config.json')
-    if not os.path.exists(path):
-        raise SystemExit(f'no trained model in {out_dir}: run train.py first, or name the folder of another run')
+    if weights not in ('ema', 'raw'):
+        raise SystemExit(f"--weights is 'ema' or 'raw', not {weights!r}")
+    path = find_weights(where)
     try:
-        info = json.loads(Path(path).read_text())
-        if weights == 'ema':
-            state = load_file(os.path.join(out_dir, 'model.safetensors'))
-        elif weights == 'raw':
-            state = load_state(out_dir)['weights']
-        else:
-            raise SystemExit(f"--weights is 'ema' or 'raw', not {weights!r}")
+        config = path.parent / 'config.json'
+        config = json.loads(config.read_text()) if config.exists() else {}
+        if path.suffix == '.ckpt':
+            state, settings = load_lightning(path, weights)
+            config = settings | config
+        else:  # mapped, not read: nothing is allocated before the shapes are right
+            state = load_file(path) if weights == 'ema' else load_state(path.parent)['weights']
+        state = {WRAPPERS.sub('', name): w for name, w in state.items() if not name.endswith('inv_freq')}
+        info = config if 'objective' in config else infer_info(config, state, where)
         with torch.device('meta'):           # no memory, no random numbers: the weights come from the file
             model = DiT(DiTConfig(**info['model']))
-        model.load_state_dict(state, assign=True)
+        want, have = ({name: list(w.shape) for name, w in s.items()} for s in (model.state_dict(), state))
+        if wrong := [f'{name} is {have.get(name, "missing")}, not {want.get(name, "known")}'
+                     for name in want | have if have.get(name) != want.get(name)]:
+            raise SystemExit(f'{path} is not the model that it should be: {"; ".join(wrong)}')
+        model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     except Exception as e:
-        raise SystemExit(f'cannot load the model in {out_dir}: {" ".join(str(e).split())[:300]}')
-    return model.to(device).eval().requires_grad_(False), info
+        raise SystemExit(f'cannot load the model in {where}: {type(e).__name__}: {" ".join(str(e).split())[:300]}')
+    return model.to(device).eval().requires_grad_(False), info | {'folder': str(path.parent)}
+
+
+def export(model, info, folder):
+    """Write a model with the authors' names, layout and config.json, beside my own fields, into a new folder."""
+    if Path(folder, 'model.safetensors').exists():
+        raise SystemExit(f'{folder} holds a model already: name another folder')
+    c, head_dim = info['model'], info['model']['n_embd'] // info['model']['n_head']
+    state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
+    state['backbone.rotary_emb.inv_freq'] = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    config = {key: value for key, value in info.items() if key != 'folder'} | {k: c[v] for k, v in AUTHORS.items()}
+    config.update(model_type='mdlm' if info['objective'] == 'mdlm' else 'duo', architectures=['DUO'])
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write_model(folder, state, config, info['folder'])
+    except OSError as e:
+        raise SystemExit(f'cannot write into {folder}: {e.strerror}')
+    print(f'wrote {folder}')
+
+
+MEASURED = '<!-- train.py writes what stands below this line, anew with every run -->'
+
+
+def write_card(out_dir, chosen, arguments, world):
+    """out_dir/README.md. chosen: the settings that are not train.py's own; arguments: train.py's; world: processes."""
+    folder = Path(out_dir)
+    info, card = json.loads((folder / 'config.json').read_text()), folder / 'README.md'
+    r = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines() if '"val_loss"' in line][-1]
+    head, found, _ = card.read_text('utf-8').partition(MEASURED) if card.exists() else (f'''---
+# license: mit    (it is yours to choose)
+library_name: nanoduo
+pipeline_tag: text-generation
+tags: [discrete-diffusion, {info['objective']}]
+---
+# {folder.resolve().name}
+
+''', MEASURED, '')
+    if not found:  # a card that somebody wrote is theirs
+        return
+    kind = dict(duo='Duo, a uniform-state diffusion model', mdlm='MDLM, a masked diffusion model', ar='An AR model')
+    launch = f'torchrun --nproc_per_node={world}' if world > 1 else 'python'
+    data, c, bound = info['data'], info['model'], '' if info['objective'] == 'ar' else 'at most '
+    text = f'''{head}{MEASURED}
+
+{kind[info['objective']]} of text, trained with nanoDuo.
+
+| | |
+| --- | --- |
+| network | {c['n_layer']} layers of {c['n_embd']}, {c['n_head']} heads, rows of {c['block_size']} tokens |
+| words | {data['vocab_size']:,} ({data['tokenizer']}) |
+| trained on | {info['settings']['dataset']}: {data['train_tokens']:,} tokens, {r['step']:,} steps |
+| validation loss | {bound}{r['val_loss']:.4f} +- {r['val_error']:.4f} nats per token (averaged weights) |
+| perplexity | {bound}{r['val_ppl']:.2f} |
+| bits per byte | {bound}{r['val_bpb']:.4f} |
+
+![The losses](curve.png)
+
+Made by
+
+    {launch} {shlex.join(['train.py', *arguments])}
+
+that is, the settings of train.py save {', '.join(f'{key} = {value!r}' for key, value in chosen.items()) or 'none'}.
+
+To use it, in a checkout of nanoDuo, from the hub or from a folder:
+
+    python sample.py --init_from=hf:ORG/NAME
+    python eval.py --init_from=hf:ORG/NAME --draws=4
+    python train.py --init_from=hf:ORG/NAME    # and its own settings of data and model
+'''
+    try:
+        write_whole(card, lambda path: Path(path).write_text(text, 'utf-8'))
+        print(f'wrote {card}')
+    except OSError as e:
+        print(f'no {card}: {e.strerror}')

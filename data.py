@@ -89,7 +89,7 @@ def check_tokens(data, vocab_size, folder):
     for split, tokens in data.items():
         most = max((int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26)), default=0)
         if most >= vocab_size:
-            raise SystemExit(f'{folder}/{split}.bin holds token {most}, and there are {vocab_size} words: prepare it again')
+            raise SystemExit(f'{folder}/{split}.bin holds token {most} of {vocab_size} words: prepare it again')
 
 
 def fingerprint(data):

@@ -28,6 +28,7 @@ from diffusion import (alpha_linear, blank, check_sampler, cross_entropy, evalua
                        reverse_process, token_nll)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
+init_from = ''               # instead of out_dir: hf:org/name, a folder, or an official .ckpt
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
@@ -185,10 +186,10 @@ def samples_judged(model, info, tokenizer, device, autocast):
                      calls=calls / gen_samples, temperature=temperature, gen_ppl=math.exp(nats / count),
                      **diversity(rows), samples_per_s=gen_samples / seconds)
             results.append(r)
-            print(f'{name}, {steps:4} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} '
-                  f'nats, distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, '
+            print(f'{name}, {steps:4} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy '
+                  f'{r["entropy"]:.3f} nats, distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, '
                   f'repetition {r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
-    with open(os.path.join(out_dir, 'gen.jsonl'), 'a') as f:
+    with open(os.path.join(out_dir if os.path.isdir(out_dir) else '', 'gen.jsonl'), 'a') as f:
         f.writelines(json.dumps(r) + '\n' for r in results)
     return results
 
@@ -212,11 +213,14 @@ if __name__ == '__main__':
         if gen_ppl:
             raise SystemExit('--gen_ppl runs in one process: leave torchrun out')
     dtype, autocast = pick_dtype(dtype, device)
+    out_dir = init_from or out_dir
     model, info = load_model(out_dir, weights, device)
+    if not (gen_ppl or dataset or info['settings']):
+        raise SystemExit(f'{out_dir} does not say what it was trained on: name a data set with --dataset')
     if parts and info['objective'] != 'duo':
         raise SystemExit(f'--parts are those of Duo\'s bound, and {out_dir} is a {info["objective"]} model')
     if gen_ppl:
-        result = samples_judged(model, info, load_tokenizer(info['data'], out_dir), device, autocast)
+        result = samples_judged(model, info, load_tokenizer(info['data'], info['folder']), device, autocast)
     else:
         result = likelihood(model, info, device, autocast, rank, world)
         if rank == 0:

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import export, load_model, pick_device, pick_dtype
 from configurator import configure
 from data import load_tokenizer
 from diffusion import blank, check_sampler, reverse_process
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
+init_from = ''               # instead of out_dir: hf:org/name, a folder, or an official .ckpt
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained, without averaging
 steps = 128                  # network calls in the loop; removing the last noise takes one more (AR: one a token)
 num_samples = 3              # texts, of each prompt
@@ -50,16 +51,18 @@ seed = 1337
 watch = False                # show the first text while it denoises
 html = ''                    # a file for a page that shows the denoising (of the first batch), with a slider
 out = ''                     # a file to write the texts to, instead of printing them; *.jsonl gets JSON lines
+export_official = ''         # a new folder: write the model there as the authors' code reads it, and stop
 batch_size = 16              # texts at a time
 device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
 compile = False              # torch.compile: pays for many samples
 
 
-def load(out_dir='out', weights='ema', device='auto'):
-    """-> (model, tokenizer, info): what generate() wants; info is config.json's dict."""
-    model, info = load_model(out_dir, weights, pick_device(device))
-    return model, load_tokenizer(info['data'], out_dir), info
+def load(where='out', weights='ema', device='auto'):
+    """-> (model, tokenizer, info): what generate() wants; info is config.json's dict. where: a folder, hf:org/name, ...,
+    as in checkpoint.load_model."""
+    model, info = load_model(where, weights, pick_device(device))
+    return model, load_tokenizer(info['data'], info['folder']), info
 
 
 def first_words(tokenizer, info, prompts, suffix='', length=0):
@@ -87,7 +90,8 @@ def frames(loaded, prompts=('',), suffix='', length=0, steps=128, **how):
     greedy, sampler, psi, eta, settle, as in diffusion.reverse_process."""
     model, tokenizer, info = loaded
     how['eta'], how['top_p'] = check_sampler(info['objective'], **how)
-    x, fixed = (v.to(model.output_layer.linear.weight.device) for v in first_words(tokenizer, info, prompts, suffix, length))
+    device = model.output_layer.linear.weight.device
+    x, fixed = (v.to(device) for v in first_words(tokenizer, info, prompts, suffix, length))
     yield x
     yield from reverse_process(model, x, info['objective'], info['data']['vocab_size'], steps, fixed, **how)
 
@@ -100,8 +104,8 @@ def generate(loaded, prompt='', num_samples=1, **how):
 
 
 def page(tokenizer, xts, calls):
-    """The denoising xts, a list of (B,T), as one HTML page that needs nothing else: assets/denoise.html with the data in
-    it. Each place of a text holds its words and when they came: [frame, word, frame, word, ...]."""
+    """The denoising xts, a list of (B,T), as one HTML page that needs nothing else: assets/denoise.html with the data
+    in it. Each place of a text holds its words and when they came: [frame, word, frame, word, ...]."""
     words, texts = {}, []
     for row in torch.stack(xts, dim=-1).tolist():                     # (B,T,frames)
         texts.append([[n for i, word in enumerate(place) if i == 0 or word != place[i - 1]
@@ -129,7 +133,9 @@ if __name__ == '__main__':
             raise SystemExit(f'--{name}={value} makes no sense: see --help')
     device = pick_device(device)
     dtype, autocast = pick_dtype(dtype, device)
-    model, tokenizer, info = loaded = load(out_dir, weights, device)
+    if export_official:
+        raise SystemExit(export(*load_model(init_from or out_dir, weights), export_official))
+    model, tokenizer, info = loaded = load(init_from or out_dir, weights, device)
     eta, top_p = check_sampler(info['objective'], sampler, psi, eta, top_p)
     lines = [prompt]
     if prompts:
@@ -170,5 +176,6 @@ if __name__ == '__main__':
             print('-' * 80, text, sep='\n')
         print('-' * 80)
     name = {'psi': f'psi {psi}, eta {eta:g}', 'commit': f'commit below {settle:g} nats'}.get(sampler, sampler)
-    how = '' if info['objective'] == 'ar' else f' ({name}{f", top-p {top_p:g}" * (top_p < 1)}{", greedy tail" * greedy})'
+    name += f', top-p {top_p:g}' * (top_p < 1) + ', greedy tail' * greedy
+    how = f' ({name})' if info['objective'] != 'ar' else ''
     print(f'{calls} network calls for {len(texts)} texts of {x.size(1)} tokens{how}: {seconds:.1f} s')

@@ -6,9 +6,9 @@ Train Duo, a language model that denoises all its words at once. As it stands th
     torchrun --nproc_per_node=8 train.py config/owt_duo.py              # the paper's OpenWebText run, 8 GPUs
     python train.py config/owt_duo.py --batch_size=8 --compile=False    # any setting below can be changed so
 
-To go on with a stopped run, give the same command and --init_from=resume; --init_from=auto does so if there is one to go
-on with, and else begins. On several nodes, start torchrun --nnodes=2 --node_rank=0 (then 1) --master_addr=IP
---nproc_per_node=8 train.py ... on each of them. What would it cost? --dry_run.
+To go on with a stopped run, give the same command and --init_from=resume; --init_from=auto does so if there is
+something to go on with, and else begins. On several nodes, start torchrun --nnodes=2 --node_rank=0 (then 1)
+--master_addr=IP --nproc_per_node=8 train.py ... on each of them. What would it take? --dry_run.
 """
 import copy
 import json
@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import has_state, load_model, load_state, pick_device, pick_dtype, save, write_whole
+from checkpoint import (has_state, load_model, load_state, pick_device, pick_dtype, save, write_card,
+                        write_whole)
 from configurator import configure
 from data import check_tokens, epoch_rows, fingerprint, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, head_loss, loss_of, mean_and_error,
@@ -49,8 +50,8 @@ log_interval = 50
 eval_only = False            # validate once and stop
 dry_run = False              # take three steps, say what the whole run would take, leave nothing
 price_per_hour = 0.0         # of all devices together, for that
-init_from = 'scratch'        # 'scratch', 'resume', 'auto' (resume what there is, else scratch; 'auto:FOLDER': else
-                             # FOLDER), or the folder of a run whose weights to start from:
+init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name, an official .ckpt;
+                             # 'auto': resume if there is something to resume, else scratch; 'auto:MODEL': else MODEL
 init_weights = 'ema'         # their average, or 'raw'
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
@@ -191,7 +192,8 @@ if __name__ == '__main__':
     torch.set_float32_matmul_precision('high')
     torch.autograd.set_detect_anomaly(detect_anomaly)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-                 'num_samples', 'sample_steps', 'keep_last', 'dcd_round_iters', 'n_layer', 'n_head', 'n_embd', 'cond_dim'):
+                 'num_samples', 'sample_steps', 'keep_last', 'dcd_round_iters', 'n_layer', 'n_head', 'n_embd',
+                 'cond_dim'):
         if settings[name] < 1:
             raise SystemExit(f'--{name}={settings[name]}: it must be at least 1')
     for name in ('max_iters', 'curriculum_iters', 'warmup_iters', 'cooldown_iters', 'seed', 'learning_rate',
@@ -202,7 +204,8 @@ if __name__ == '__main__':
         raise SystemExit('the curriculum needs tau > 0, curriculum_k of at least 2, and gamma_min < gamma_max')
     for name, value, known in (('objective', objective, ('duo', 'dcd', 'mdlm', 'ar')),
                                ('dcd_teacher', dcd_teacher, ('student', 'ema')),
-                               ('dcd_kl', dcd_kl, ('reverse', 'forward')), ('init_weights', init_weights, ('ema', 'raw'))):
+                               ('dcd_kl', dcd_kl, ('reverse', 'forward')),
+                               ('init_weights', init_weights, ('ema', 'raw'))):
         if value not in known:
             raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
     if objective == 'dcd' and init_from == 'scratch':
@@ -271,10 +274,10 @@ if __name__ == '__main__':
         if state['model'] != asdict(model.config):
             raise SystemExit(f'{out_dir} holds another model ({changed}): resume with the command that began it')
         if old.get('objective') != objective or old.get('dataset') != dataset:
-            raise SystemExit(f'{out_dir} holds another kind of run ({changed}): begin a new one, with --init_from={out_dir}')
+            raise SystemExit(f'{out_dir} holds another kind of run ({changed}): to go on from it, begin a new one')
         if state['fingerprint'] != fingerprint(data):
-            raise SystemExit(f'the token files in {folder} are not those that the run in {out_dir} began with: put them '
-                             f'back, or begin a new run, with --init_from={out_dir}')
+            raise SystemExit(f'the token files in {folder} are not those that the run in {out_dir} began with: put '
+                             'them back, or begin a new run')
         if master and changed:
             print(f'resuming with changed settings: {changed}')
         model.load_state_dict(state['weights'])
@@ -296,7 +299,7 @@ if __name__ == '__main__':
         model.load_state_dict(trained.state_dict())
         ema.load_state_dict(trained.state_dict())
     if agree(step) != -agree(-step):
-        raise SystemExit(f'rank {rank} found step {step}, others did not: --out_dir must be on a disk that all nodes share')
+        raise SystemExit(f'rank {rank} found step {step}, another did not: --out_dir must be on a disk they share')
     leaves_nothing = eval_only or dry_run
     if master and init_from != 'resume' and not leaves_nothing and has_state(out_dir):
         aside = time.strftime(f'{out_dir.rstrip("/")}-%Y%m%d-%H%M%S')
@@ -415,7 +418,7 @@ if __name__ == '__main__':
                     else:
                         loss = training_loss(train_model, x0, u, step, vocab_size, None, grad_scale, loss_fn)
                 finite = loss.detach().isfinite()
-                fine = torch.where(finite, 1.0, torch.nan)               # so that a bad loss spoils all ranks' gradients
+                fine = torch.where(finite, 1.0, torch.nan)               # a bad loss spoils all ranks' gradients
                 scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()  # DDP: the mean over ranks
             mean += loss.detach() / gradient_accumulation_steps
             broken += ~finite
@@ -445,32 +448,33 @@ if __name__ == '__main__':
             loss, lost = total.item() / max(1, good.item()), round(step - logged - good.item())
             skipped += lost
             if in_a_row > max_bad_steps:
-                raise SystemExit(f'rank {rank}: no finite loss and gradient in the {in_a_row:.0f} steps before {step}; here '
-                                 f'{broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, if '
+                raise SystemExit(f'rank {rank}: no finite loss and gradient in the {in_a_row:.0f} steps before {step}; '
+                                 f'here {broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, if '
                                  f'there is one; a lower --learning_rate may help ({chosen})')
             speed = (step - logged) / (time.time() - ticked)
             log(f'step {step}: ' + (f'KL {loss:.5f}, ' if teacher else f'loss {loss:.4f}, ') +
                 f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left' +
-                f', {lost} steps skipped' * (lost > 0), step=step, loss=loss, skipped=skipped, lr=learning_rate_at(step - 1), tokens_per_s=speed * tokens_per_step,
-                seconds=time.time() - began)
+                f', {lost} steps skipped' * (lost > 0), step=step, loss=loss, lr=learning_rate_at(step - 1),
+                skipped=skipped, tokens_per_s=speed * tokens_per_step, seconds=time.time() - began)
             total.zero_(), good.zero_()
             ticked, logged = time.time(), step
 
     # ---- show what it has learnt
     progress.close()
     if dry_run and master:
-        hours = max_iters * (times[-1] - times[0]) / (len(times) - 1) / 3600
+        seconds = (times[-1] - times[0]) / max(1, len(times) - 1)
         memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
-                  1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
-        print(f'{max_iters:,} steps of {hours * 3600 / max_iters * 1000:.0f} ms: about {hours:.1f} hours on this machine, '
-              f'validation not counted; {max_iters * tokens_per_step / 1e9:.3g}G tokens, '
-              f'{max_iters * tokens_per_step / (n_train * block_size):.3g} times the text; peak memory {memory:.2f} GB; ' +
-              (f'cost about {hours * price_per_hour:,.2f}' if price_per_hour else 'cost: give a --price_per_hour'))
+                  1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        tokens, hours = max_iters * tokens_per_step, max_iters * seconds / 3600
+        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about {hours:.1f} '
+              f'hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} epochs, ' +
+              (f'a price of about {hours * price_per_hour:,.2f}' if price_per_hour else 'a price if --price_per_hour'))
     if stop and master:
         print(f'{signal.Signals(stop).name}: stopped after step {step}' + (
             '' if leaves_nothing else f'; the same command and --init_from=resume goes on from {out_dir}'))
     if master and not (leaves_nothing or stop):
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
+        write_card(out_dir, chosen, sys.argv[1:], world)
         tokenizer = load_tokenizer(meta, folder)
         torch.manual_seed(seed)
         ema.__dict__.pop('hidden', None)                                  # compiled for rows, not for a growing text

@@ -12,8 +12,9 @@ TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --
         '--cooldown_iters=0 --num_samples=1 --sample_steps=4 --device=cpu').split()
 
 
-def run(folder, script, *args, launcher=()):
-    return subprocess.run([sys.executable, *launcher, ROOT / script, *args], cwd=folder, capture_output=True, text=True)
+def run(folder, script, *args, launcher=(), env=None):
+    return subprocess.run([sys.executable, *launcher, ROOT / script, *args], cwd=folder, capture_output=True, text=True,
+                          env=env)
 
 
 def good(done):
