@@ -387,7 +387,7 @@ def mask_step(logits, xt, alpha_s, alpha_t, mask_id):
 
 
 def check_sampler(objective, sampler='ancestral', psi='rescale', eta=0.0, top_p=0.0, **_):
-    """-> eta, top_p: in place of zeros what was published for psi (at 256 steps). Ends in one line if they cannot be."""
+    """-> eta, top_p: in place of zeros what was published for psi (at 256 steps). One line if that cannot be."""
     published = {'rescale': (0.05, 0.9), 'cap': (0.01, 0.9), 'constant': (0.01, 0.9), 'loop': (0.01, 0.95)}
     for name, value, known in (('sampler', sampler, ('ancestral', 'psi', 'commit')), ('psi', psi, tuple(published))):
         if value not in known:
@@ -503,7 +503,7 @@ def blank(objective, shape, vocab_size, bos_id, device='cpu'):
 def reverse_process(model, xt, objective, vocab_size, steps, fixed=None, temperature=1.0, top_p=1.0, greedy=False,
                     sampler='ancestral', psi='rescale', eta=0.0, settle=0.1):
     """The sampler that suits the objective, from blank() on: yields xt (B,T) after each network call. sampler:
-    'ancestral'; or for a Duo 'psi', with psi and eta as in sampling_schedule, or 'commit', with settle as in denoise."""
+    'ancestral'; for a Duo also 'psi', with psi and eta as in sampling_schedule, or 'commit', settle as in denoise."""
     if objective == 'ar':
         return write_on(model, xt, fixed, temperature, top_p)
     alphas, kappas = sampling_schedule(steps, psi if sampler == 'psi' else None, eta)

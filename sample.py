@@ -59,8 +59,8 @@ compile = False              # torch.compile: pays for many samples
 
 
 def load(where='out', weights='ema', device='auto'):
-    """-> (model, tokenizer, info): what generate() wants; info is config.json's dict. where: a folder, hf:org/name, ...,
-    as in checkpoint.load_model."""
+    """-> (model, tokenizer, info): what generate() wants; info is config.json's dict. where: a folder, hf:org/name or
+    what else checkpoint.load_model takes."""
     model, info = load_model(where, weights, pick_device(device))
     return model, load_tokenizer(info['data'], info['folder']), info
 

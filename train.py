@@ -449,8 +449,8 @@ if __name__ == '__main__':
             skipped += lost
             if in_a_row > max_bad_steps:
                 raise SystemExit(f'rank {rank}: no finite loss and gradient in the {in_a_row:.0f} steps before {step}; '
-                                 f'here {broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, if '
-                                 f'there is one; a lower --learning_rate may help ({chosen})')
+                                 f'here {broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, '
+                                 f'if there is one; a lower --learning_rate may help ({chosen})')
             speed = (step - logged) / (time.time() - ticked)
             log(f'step {step}: ' + (f'KL {loss:.5f}, ' if teacher else f'loss {loss:.4f}, ') +
                 f'{speed * tokens_per_step:,.0f} tokens/s, {(max_iters - step) / speed / 60:.1f} min left' +
@@ -466,8 +466,8 @@ if __name__ == '__main__':
         memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
                   1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         tokens, hours = max_iters * tokens_per_step, max_iters * seconds / 3600
-        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about {hours:.1f} '
-              f'hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} epochs, ' +
+        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about {hours:.1f}'
+              f' hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} epochs, ' +
               (f'a price of about {hours * price_per_hour:,.2f}' if price_per_hour else 'a price if --price_per_hour'))
     if stop and master:
         print(f'{signal.Signals(stop).name}: stopped after step {step}' + (
