@@ -61,6 +61,16 @@ def same_tokenizer(meta, other):
     """Do two metas number the same words alike?"""
     return all(meta.get(key) == other.get(key) for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size'))
 
+
+def check_meta(meta):
+    """ValueError if meta, or the data of a config.json, numbers its words as no tokenizer of mine does."""
+    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id']]
+    if set(map(type, [K, *ids])) != {int} or not 0 <= min(ids) <= max(ids) < K < 2**20:
+        raise ValueError(f'bos_id and eos_id cannot be {ids!r:.40} of {K!r:.40} words')
+    if {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), K) != K:
+        raise ValueError(f'{meta["tokenizer"]} has not {K} words')
+
+
 def load_data(folder):
     """-> meta, {'train': tokens, 'val': tokens}: the two streams, uint16, memory-mapped and checked against meta."""
     folder, data = Path(folder), {}
@@ -70,12 +80,15 @@ def load_data(folder):
                     'val_tokens', 'train_bytes', 'val_bytes'):
             if key not in meta:
                 raise ValueError(f'meta.json lacks {key}')
+        check_meta(meta)
         if meta['dtype'] != 'uint16':
-            raise ValueError(f'its dtype is {meta["dtype"]}, I read uint16')
+            raise ValueError(f'its dtype is {meta["dtype"]!r:.40}, I read uint16')
         for split in ('train', 'val'):
             data[split] = np.memmap(folder / f'{split}.bin', dtype=np.uint16, mode='r')
             if len(data[split]) != meta[f'{split}_tokens']:
-                raise ValueError(f'{split}.bin holds {len(data[split])} tokens, not {meta[f"{split}_tokens"]}')
+                raise ValueError(f'{split}.bin holds {len(data[split])} tokens, not {meta[f"{split}_tokens"]!r:.40}')
+            if type(size := meta[f'{split}_bytes']) is not int or size < 1:
+                raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
     except (OSError, ValueError, TypeError) as error:
         known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4'}  # a recipe's, of another set
         raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
