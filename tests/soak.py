@@ -3,9 +3,9 @@ Kill it, stop it, resize it, spoil its files: is it still the same run?
 
     python tests/soak.py --minutes=1 --seed=0
 
-I train a tiny model undisturbed, and then again and again with one disturbance in every launch, until it is done: on a
-steady number of processes, where every bit must be that of the undisturbed run, and resized between 1, 2 and 3, where
-the losses and weights must be, to float tolerance. No launcher stands between: I start the ranks and kill them, so
+I train a tiny model undisturbed, and then again and again with one disturbance in every launch, until it is done:
+resized between 1, 2 and 3 processes, where losses and weights must be those of the undisturbed run to float tolerance,
+and on a steady number of them, where every bit must be. No launcher stands between: I start the ranks and kill them, so
 those that live on must find out and end by themselves.
 """
 import argparse
@@ -116,7 +116,7 @@ def soak(folder, minutes, seed):
     rng, end, count, runs = random.Random(seed), time.time() + 60 * minutes, Counter(), 0
     (folder / 'tiny.txt').write_text('\n\n'.join(f'Line {i} of a text, and {i * i} is its square.' for i in range(400)))
     good(run(folder, 'prepare.py', 'tiny.txt', '--tokenizer', 'bytes'))
-    for worlds in cycle(([1], [1, 2, 3], [2])):
+    for worlds in cycle(([1, 2, 3], [1], [2])):
         calm, out, done, floor, last = folder / f'calm-{worlds[0]}', folder / f'run-{runs}', False, 0, 0
         if not calm.exists():
             expect(launch(calm, worlds[0], rng)[1], calm, 'is not done')
@@ -130,11 +130,11 @@ def soak(folder, minutes, seed):
                 expect(steps == [*range(steps[0], steps[-1] + 1)] and floor < steps[0] <= last + 1,
                        out, 'stood at', last, 'with a checkpoint of', floor, 'and took', steps)
                 last, floor = steps[-1], (steps[-1] - 1) // EVERY * EVERY
-            count.update({'launches': 1, 'steps': len(steps), 'faults': bool(fault), number: not done})
+            count.update({'launches': 1, 'steps': len(steps), 'faults': int(bool(fault)), number: int(not done)})
             number = rng.choice((KILL, KILL, *STOPS)) if time.time() < end else 0
         compare(calm, out, exact=len(worlds) == 1)
         runs += 1
-        if runs > 1 and time.time() > end:
+        if time.time() > end:
             stops, repeated = sum(count[stop] for stop in STOPS), count['steps'] - runs * STEPS
             return (f'{runs} runs of {STEPS} steps in {count["launches"]} launches: {count[KILL]} kills, {stops} stops '
                     f'and {count["faults"]} faults survived, {repeated} steps repeated')
