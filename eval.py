@@ -147,8 +147,8 @@ def hub_judge(name, tokenizer, eos_id, device):
         nats, count = 0.0, 0
         window = getattr(judge.config, 'max_position_embeddings', 1024)
         for row in rows:
-            text = ''.join(words.eos_token if end else tokenizer.decode(list(ids))
-                           for end, ids in groupby(row, eos_id.__eq__))
+            runs = ((end, list(ids)) for end, ids in groupby(row, eos_id.__eq__))
+            text = ''.join(words.eos_token * len(ids) if end else tokenizer.decode(ids) for end, ids in runs)
             ids = torch.tensor(words(text)['input_ids'][:window], device=device)
             if len(ids) > 1:
                 ends = ids == words.eos_token_id
