@@ -244,6 +244,7 @@ if __name__ == '__main__':
         dist.barrier()
     meta, data = load_data(folder)
     vocab_size = meta['vocab_size']
+    token_files = fingerprint(data)
     if master:
         check_tokens(data, vocab_size, folder)
     if objective == 'duo' and curriculum_iters and curriculum_k > vocab_size:
@@ -278,7 +279,7 @@ if __name__ == '__main__':
             raise SystemExit(f'{out_dir} holds another model ({changed}): resume with the command that began it')
         if old.get('objective') != objective or old.get('dataset') != dataset:
             raise SystemExit(f'{out_dir} holds another kind of run ({changed}): to go on from it, begin a new one')
-        if state['fingerprint'] != fingerprint(data):
+        if state['fingerprint'] != token_files:
             raise SystemExit(f'the token files in {folder} are not those that the run in {out_dir} began with: put '
                              'them back, or begin a new run')
         if master and changed:
@@ -377,7 +378,7 @@ if __name__ == '__main__':
                     val_loss=val_loss)
         state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, skipped=skipped,
-                     fingerprint=fingerprint(data), seconds=time.time() - began, **info)
+                     fingerprint=token_files, seconds=time.time() - began, **info)
         save(out_dir, state, ema, info, folder, keep_last)
 
     # ---- the loop
@@ -389,12 +390,12 @@ if __name__ == '__main__':
     times, looping, last_step = [], True, min(max_iters, step + 3) if dry_run else max_iters
     while True:
         stop, done, paused = agree(stop), step >= last_step, time.time()
-        if not dry_run and (done and not stop or eval_only or (step > start and step % eval_interval == 0)):
+        due = step > start and (step % eval_interval == 0 or checkpoint_interval and step % checkpoint_interval == 0
+                                or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
+        if not dry_run and (done and not stop or eval_only or step > start and step % eval_interval == 0):
             val_loss = validate()
-            best, saved = min(best, val_loss), 0
-        if master and not leaves_nothing and step > start and (
-                done or stop or checkpoint_interval and step % checkpoint_interval == 0
-                or checkpoint_minutes and time.time() - saved > 60 * checkpoint_minutes):
+            best = min(best, val_loss)
+        if master and not leaves_nothing and (due or done or stop):
             write_checkpoint()
             saved = time.time()
         ticked += time.time() - paused
