@@ -13,6 +13,7 @@ term is zero, as alpha(0) = 1. The last line printed is JSON; Gen-PPL also write
 import json
 import math
 import os
+import signal
 import time
 from collections import Counter
 from itertools import groupby
@@ -196,6 +197,7 @@ def samples_judged(model, info, tokenizer, device, autocast):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
     if split not in ('train', 'val') or min(draws, batch_size, gen_samples) < 1 or min(max_rows, seed) < 0:
         raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
     if (min(numbers('gen_steps', gen_steps, int)) < 1 or min(numbers('gen_temperatures', gen_temperatures, float)) <= 0
