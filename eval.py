@@ -13,6 +13,7 @@ term is zero, as alpha(0) = 1. The last line printed is JSON; Gen-PPL also write
 import json
 import math
 import os
+import signal
 import time
 from collections import Counter
 from itertools import groupby
@@ -147,8 +148,8 @@ def hub_judge(name, tokenizer, eos_id, device):
         nats, count = 0.0, 0
         window = getattr(judge.config, 'max_position_embeddings', 1024)
         for row in rows:
-            text = ''.join(words.eos_token if end else tokenizer.decode(list(ids))
-                           for end, ids in groupby(row, eos_id.__eq__))
+            runs = ((end, list(ids)) for end, ids in groupby(row, eos_id.__eq__))
+            text = ''.join(words.eos_token * len(ids) if end else tokenizer.decode(ids) for end, ids in runs)
             ids = torch.tensor(words(text)['input_ids'][:window], device=device)
             if len(ids) > 1:
                 ends = ids == words.eos_token_id
@@ -196,6 +197,7 @@ def samples_judged(model, info, tokenizer, device, autocast):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
     if split not in ('train', 'val') or min(draws, batch_size, gen_samples) < 1 or min(max_rows, seed) < 0:
         raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
     if (min(numbers('gen_steps', gen_steps, int)) < 1 or min(numbers('gen_temperatures', gen_temperatures, float)) <= 0

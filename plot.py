@@ -33,6 +33,12 @@ def write(fig, out_dir, name):
     print(f'wrote {path}')
 
 
+def plain_numbers(axis):
+    """100, not 10^2, on a logarithmic axis."""
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '25' else '')
+
+
 def curriculum_end(info):
     settings = info['settings']
     return settings['curriculum_iters'] if info['objective'] == 'duo' else 0
@@ -113,8 +119,10 @@ def compare(out_dirs):
     for ax, label in zip(axes, ('steps', 'million tokens', 'minutes')):
         ax.set(xlabel=label, yscale='log')
         ax.grid(alpha=0.3, which='both')
+        plain_numbers(ax.yaxis)
     axes[0].set_ylabel('validation perplexity')
-    axes[-1].legend(frameon=False, title='ring: first point after the curriculum')
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside right upper',
+               title='ring: first point\nafter the curriculum')
     write(fig, '.', 'compare.png')
 
 
@@ -135,12 +143,16 @@ def draw_gen(out_dirs):
             for ax, key in zip(axes, ('gen_ppl', 'entropy')):
                 ax.plot([r['steps'] for r in plain], [r[key] for r in plain], marker='o', label=name)
             axes[2].plot([r['entropy'] for r in rows.values()], [r['gen_ppl'] for r in rows.values()], 'o', label=name)
-    axes[0].set(xlabel='sampling steps', ylabel='Gen-PPL', xscale='log', yscale='log')
-    axes[1].set(xlabel='sampling steps', ylabel='unigram entropy of a sample, nats', xscale='log')
+    axes[0].set(xlabel='sampling steps', ylabel='Gen-PPL', yscale='log')
+    axes[1].set(xlabel='sampling steps', ylabel='unigram entropy of a sample, nats')
+    for ax in axes[:2]:
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:g}')
     axes[2].set(xlabel='entropy, nats (more is more diverse)', ylabel='Gen-PPL (less is likelier)', yscale='log')
     for ax in axes:
         ax.grid(alpha=0.3, which='both')
-    axes[0].legend(frameon=False)
+    plain_numbers(axes[0].yaxis), plain_numbers(axes[2].yaxis)
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=4)
     write(fig, '.', 'gen.png')
 
 
@@ -150,9 +162,9 @@ def draw_transform(vocab_size, window=(-3.55, -1.85), taus=(1e-3, 1e-2, 3e-2, 0.
     from diffusion import soft_tokens, transform
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
     gamma = torch.linspace(-6, 4, 400, dtype=torch.float64)
-    left.plot(gamma, transform(gamma, vocab_size)[0], label='alpha = T(gamma): the argmax is the true word')
-    left.plot(gamma, torch.sigmoid(-gamma).sqrt(), ls=':', label="the Gaussian's own scale of the signal")
-    left.axvspan(*window, alpha=0.15, color='C2', label=f'curriculum window {window}')
+    left.plot(gamma, transform(gamma, vocab_size)[0], label='alpha = T(gamma)')
+    left.plot(gamma, torch.sigmoid(-gamma).sqrt(), ls=':', label="the Gaussian's signal")
+    left.axvspan(*window, alpha=0.15, color='C2', label='curriculum window')
     left.set(xlabel='gamma, log noise-to-signal ratio', ylabel='alpha', title=f'{vocab_size:,} words')
     right.set(xlabel='rank of the word', ylabel='mean weight in the mixture', yscale='log', ylim=(1e-6, 2),
               title='what the network sees, in the middle of the window')
@@ -163,7 +175,7 @@ def draw_transform(vocab_size, window=(-3.55, -1.85), taus=(1e-3, 1e-2, 3e-2, 0.
         right.plot(range(1, k + 1), weights, marker='o', label=f'tau = {tau:g}')
     for ax in (left, right):
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(frameon=False, fontsize=9, loc='upper right')
     write(fig, '.', f'transform-{vocab_size}.png')
 
 

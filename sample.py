@@ -17,6 +17,7 @@ The samplers: 'ancestral' is the paper's; 'psi' (chapter II) also corrects words
 steps; 'commit' keeps the words it is sure of, a heuristic. --greedy ends any of them with the likeliest words.
 """
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def write_text(name, path, text):
 
 if __name__ == '__main__':
     globals().update(configure(globals()))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
     for name, value, good in (('steps', steps, steps > 0), ('num_samples', num_samples, num_samples > 0),
                               ('batch_size', batch_size, batch_size > 0), ('settle', settle, settle >= 0),
                               ('length', length, length == 0 or length > 1), ('seed', seed, seed >= 0),

@@ -77,7 +77,8 @@ tau = 1e-3                   # the softmax's temperature meanwhile
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the window of noise it trains on
 gamma_max = -2.25
 curriculum_k = 5             # words mixed at each position
-dcd_round_iters = 10_000     # distillation: then the teacher becomes the student, and its lead of 1/512 doubles
+dcd_delta = 1 / 512          # distillation: the teacher's lead, in time
+dcd_round_iters = 10_000     # after so many steps the teacher becomes the student, and its lead doubles
 dcd_teacher = 'student'      # what it becomes: 'student', or 'ema', the student's average (Algorithm 2)
 dcd_kl = 'reverse'           # KL(student || teacher), as published; 'forward': KL(teacher || student)
 # --- optimiser: AdamW
@@ -146,7 +147,7 @@ def distillation_loss(model, teacher, x0, u, step, vocab_size, grad_scale=1.0, l
     """Discrete consistency distillation (Algorithm 1), a scalar: the student, at a noisy zt, is to say what the teacher
     says at a slightly cleaner zs of the same Gaussian path. Their distance delta doubles every round."""
     # 1. NOISE: one path at two times
-    delta = 2 ** (step // dcd_round_iters) / 512
+    delta = 2 ** (step // dcd_round_iters) * dcd_delta
     t = (1e-3 + (1 - 1e-3) * u + delta).clamp(max=1)                               # (B,1) float64
     gammas = [-4 + 3 * v for v in (t, t - delta)]
     zt, zs = coupled_pair(x0, *gammas, vocab_size)                                 # (B,T), (B,T)
@@ -210,6 +211,8 @@ if __name__ == '__main__':
             raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
     if objective == 'dcd' and init_from == 'scratch':
         raise SystemExit('distillation starts from a trained Duo: name its folder with --init_from')
+    if objective == 'dcd' and not 0 < 2 ** (max(0, max_iters - 1) // dcd_round_iters) * dcd_delta <= 1:
+        raise SystemExit(f'--dcd_delta={dcd_delta} leaves (0, 1] in {max_iters} steps of rounds of {dcd_round_iters}')
     if gradient_accumulation_steps % world:
         raise SystemExit(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all processes) must be a '
                          f'multiple of the number of processes ({world})')
@@ -241,6 +244,7 @@ if __name__ == '__main__':
         dist.barrier()
     meta, data = load_data(folder)
     vocab_size = meta['vocab_size']
+    token_files = fingerprint(data)
     if master:
         check_tokens(data, vocab_size, folder)
     if objective == 'duo' and curriculum_iters and curriculum_k > vocab_size:
@@ -275,7 +279,7 @@ if __name__ == '__main__':
             raise SystemExit(f'{out_dir} holds another model ({changed}): resume with the command that began it')
         if old.get('objective') != objective or old.get('dataset') != dataset:
             raise SystemExit(f'{out_dir} holds another kind of run ({changed}): to go on from it, begin a new one')
-        if state['fingerprint'] != fingerprint(data):
+        if state['fingerprint'] != token_files:
             raise SystemExit(f'the token files in {folder} are not those that the run in {out_dir} began with: put '
                              'them back, or begin a new run')
         if master and changed:
@@ -374,7 +378,7 @@ if __name__ == '__main__':
                     val_loss=val_loss)
         state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, skipped=skipped,
-                     fingerprint=fingerprint(data), seconds=time.time() - began, **info)
+                     fingerprint=token_files, seconds=time.time() - began, **info)
         save(out_dir, state, ema, info, folder, keep_last)
 
     # ---- the loop
@@ -386,12 +390,12 @@ if __name__ == '__main__':
     times, looping, last_step = [], True, min(max_iters, step + 3) if dry_run else max_iters
     while True:
         halt, done, paused = agree(stop), step >= last_step, time.time()  # a later signal waits for the next step
-        if not dry_run and (done and not halt or eval_only or (step > start and step % eval_interval == 0)):
+        due = step > start and (step % eval_interval == 0 or checkpoint_interval and step % checkpoint_interval == 0
+                                or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
+        if not dry_run and (done and not halt or eval_only or step > start and step % eval_interval == 0):
             val_loss = validate()
-            best, saved = min(best, val_loss), 0
-        if master and not leaves_nothing and (done or step > start and (
-                halt or checkpoint_interval and step % checkpoint_interval == 0
-                or checkpoint_minutes and time.time() - saved > 60 * checkpoint_minutes)):
+            best = min(best, val_loss)
+        if master and not leaves_nothing and (due or done or halt):
             write_checkpoint()
             saved = time.time()
         ticked += time.time() - paused

@@ -3,9 +3,10 @@ import json
 import math
 
 import pytest
+import torch
 
-from data import get_rows, load_data, num_rows
-from eval import diversity, our_judge, prior_term
+from data import get_rows, load_data, load_tokenizer, num_rows
+from eval import diversity, hub_judge, our_judge, prior_term
 from helpers import TINY, good, log, one_line, run
 
 
@@ -60,6 +61,35 @@ def test_the_judge_agrees_with_its_own_perplexity(baselines):
     assert nats / count == pytest.approx(nll, rel=1e-5)
 
 
+def test_a_hub_judge_by_the_published_rules(baselines):
+    """A GPT-2 of transformers, made here, against a loop over its words: cut to its context, and of end-of-text tokens
+    only the first is scored."""
+    transformers = pytest.importorskip('transformers', reason='the hub judge needs transformers')
+    import tokenizers
+    alphabet = {chr(c): c - 32 for c in range(32, 127)} | {'\n': 95, '<|endoftext|>': 96, '?': 97}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token='?'))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='<|endoftext|>', unk_token='?')
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=98, n_positions=24, n_embd=16, n_layer=1, n_head=2, bos_token_id=96, eos_token_id=96, initializer_range=0.5)).eval()
+    for part in (words, gpt2):
+        part.save_pretrained(baselines / 'judge')
+
+    tokenizer = load_tokenizer(json.loads((baselines / 'data' / 'tiny' / 'meta.json').read_text()), baselines / 'data' / 'tiny')
+    rows = [[0, *b'This is line 3', 0, 0, *b'and 9 is its square.'], [*b'no end at all, and long'], [0] * 9]
+    nats, count, expected, scored = *hub_judge(str(baselines / 'judge'), tokenizer, 0, 'cpu')(rows), 0.0, 0
+    for row in rows:
+        ids = [96 if i == 0 else alphabet[chr(i)] for i in row][:24]
+        logp = gpt2(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for at in range(1, len(ids)):
+            if ids[at] != 96 or 96 not in ids[:at]:
+                expected, scored = expected - logp[at - 1, ids[at]].item(), scored + 1
+    assert count == scored and nats == pytest.approx(expected, rel=1e-4)
+    r = last_json(good(run(baselines, 'eval.py', '--gen_ppl=judge', '--gen_steps=2', '--gen_samples=2')))
+    assert r[0]['gen_ppl'] > 1 and r[0]['judge'] == 'judge'
+
+
 def test_sampling_from_the_baselines(baselines):
     assert '32 tokens' in good(run(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4', '--prompt=This'))
     said = good(run(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This', '--num_samples=1'))
@@ -84,7 +114,8 @@ def test_prior_term_by_hand():
     (['--split=test'], ['split']), (['--out_dir=nowhere'], ['nowhere']), (['--dataset=none'], ['prepare.py']),
     (['--gen_ppl=out'], ['out', 'autoregressive']), (['--gen_ppl=out-ar', '--gen_steps=some'], ['gen_steps']),
     (['--dataset=other'], ['tokenizer']), (['--gen_ppl=out-ar', '--gen_temperatures=0'], ['gen_temperatures']),
-    (['--parts', '--out_dir=out-ar'], ['parts']), (['--gen_ppl=out-other'], ['vocabulary'])])
+    (['--parts', '--out_dir=out-ar'], ['parts']), (['--sampler=psi', '--out_dir=out-ar', '--gen_ppl=out-ar'], ['psi', 'ar']),
+    (['--gen_ppl=out-ar', '--psi=some'], ['psi', 'rescale']), (['--gen_ppl=out-other'], ['vocabulary'])])
 def test_eval_refuses_in_one_line(baselines, args, words):
     if not (baselines / 'out-other').exists():
         good(run(baselines, 'prepare.py', 'tiny.txt', '--name=other', '--vocab_size=300'))

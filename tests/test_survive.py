@@ -57,6 +57,22 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
     assert log(work / 'calm', 'val_loss') == log(work / 'stormy', 'val_loss')
 
 
+def test_torchrun_passes_the_signal_on(work):
+    """As a scheduler does it: SIGTERM to torchrun, on two processes; then the same command again."""
+    args = [*TORCHRUN, ROOT / 'train.py', *TINY, '--gradient_accumulation_steps=2', '--batch_size=2', '--max_iters=100000',
+            '--eval_interval=100000', '--out_dir=pass', '--init_from=auto']
+    train = subprocess.Popen([sys.executable, *args], cwd=work, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for line in train.stdout:
+        if line.startswith('step'):
+            break
+    train.send_signal(signal.SIGTERM)
+    said = train.stdout.read()
+    step = checkpoint(work / 'pass')['step']
+    assert train.wait() != 0 and f'SIGTERM: stopped after step {step}' in said
+    good(run(work, 'train.py', *args[len(TORCHRUN) + 1:], f'--max_iters={step + 2}'))
+    assert checkpoint(work / 'pass')['step'] == step + 2
+
+
 def test_checkpoints_by_step_and_the_last_few_stay(work):
     good(run(work, 'train.py', *TINY, '--out_dir=often', '--eval_interval=100', '--checkpoint_interval=3', '--keep_last=3'))
     assert [path[-11:] for path in milestones(work / 'often')] == ['00000012.pt', '00000009.pt', '00000006.pt']
