@@ -12,7 +12,6 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from pathlib import Path
 
 import numpy as np
 import pytest
