@@ -56,31 +56,25 @@ SAFE = re.compile(r'(?<=\S)(?= \S)|(?<=\S\n)(?=\S)')
 # ---------------------------------------------------------------------------------------------------------------------
 # the published sets
 
-# name: hub id, training files, validation files, column, tokenizer, rule, detokeniser, documents, download in GB.
 # Files are parquet. 'last': the last tenth validates, at most 100,000 documents; 'some': documents picked by a hash.
 # 'joined' is 'packed' without an eos between documents, as zero-shot perplexities are published.
-SETS = {
-    'owt': ('Skylion007/openwebtext', 'plain_text/train-*', 'last', 'text', 'gpt2', 'packed', None, 8_013_769, 24),
-    'lm1b': ('billion-word-benchmark/lm1b', 'plain_text/train/*', 'plain_text/test/*', 'text', 'bert', 'padded', 'lm1b',
-             30_607_716, 2.6),
-    'lm1b_packed': ('billion-word-benchmark/lm1b', 'plain_text/train/*', 'plain_text/test/*', 'text', 'bert', 'packed',
-                    'lm1b', 30_607_716, 2.6),
-    'text8': ('afmck/text8', 'data/train-*', 'data/validation-*', 'text', 'text8', 'packed', None, 2, 0.05),
-    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'sample/10BT/*', 'some', 'text', 'gpt2', 'packed', None, 9_672_101, 29),
-    'ptb': ('ptb-text-only/ptb_text_only', None, 'penn_treebank/validation/*', 'sentence', 'gpt2', 'joined', 'ptb', 3370,
-            0.001),
-    'wikitext2': ('Salesforce/wikitext', None, 'wikitext-2-raw-v1/validation-*', 'text', 'gpt2', 'joined', 'wikitext',
-                  3760, 0.001),
-    'wikitext103': ('Salesforce/wikitext', None, 'wikitext-103-raw-v1/validation-*', 'text', 'gpt2', 'joined',
-                    'wikitext', 3760, 0.001),
-    'lm1b_gpt2': ('billion-word-benchmark/lm1b', None, 'plain_text/test/*', 'text', 'gpt2', 'joined', 'lm1b', 306_688,
-                  0.03),
-    'lambada': ('EleutherAI/lambada_openai', None, 'default/*test*', 'text', 'gpt2', 'joined', 'lambada', 5153, 0.002),
-    'ag_news': ('fancyzhx/ag_news', None, 'data/test-*', 'text', 'gpt2', 'joined', None, 7600, 0.002),
-    'pubmed': ('armanc/scientific_papers', None, 'pubmed/validation/*', 'article', 'gpt2', 'joined', 'papers', 6633,
-               0.06),
-    'arxiv': ('armanc/scientific_papers', None, 'arxiv/validation/*', 'article', 'gpt2', 'joined', 'papers', 6436, 0.1)}
-ZEROSHOT = [name for name, source in SETS.items() if source[5] == 'joined']
+COLUMNS = ['set', 'hub id', 'training files', 'validation files', 'column', 'tokenizer', 'rule', 'detokeniser',
+           'documents', 'GB', 'revision']
+SETS = {row.split()[0]: row.split()[1:] for row in """\
+owt Skylion007/openwebtext plain_text/train-* last text gpt2 packed - 8013769 24
+lm1b billion-word-benchmark/lm1b plain_text/train/* plain_text/test/* text bert padded lm1b 30607716 2.6
+lm1b_packed billion-word-benchmark/lm1b plain_text/train/* plain_text/test/* text bert packed lm1b 30607716 2.6
+text8 afmck/text8 data/train-* data/validation-* text text8 packed - 2 0.05
+fineweb_edu HuggingFaceFW/fineweb-edu sample/10BT/* some text gpt2 packed - 9672101 29
+ptb ptb-text-only/ptb_text_only - penn_treebank/validation/* sentence gpt2 joined ptb 3370 0.001
+wikitext2 Salesforce/wikitext - wikitext-2-raw-v1/validation-* text gpt2 joined wikitext 3760 0.001
+wikitext103 Salesforce/wikitext - wikitext-103-raw-v1/validation-* text gpt2 joined wikitext 3760 0.001
+lm1b_gpt2 billion-word-benchmark/lm1b - plain_text/test/* text gpt2 joined lm1b 306688 0.03
+lambada EleutherAI/lambada_openai - default/*test* text gpt2 joined lambada 5153 0.002
+ag_news fancyzhx/ag_news - data/test-* text gpt2 joined - 7600 0.002
+pubmed armanc/scientific_papers - pubmed/validation/* article gpt2 joined papers 6633 0.06
+arxiv armanc/scientific_papers - arxiv/validation/* article gpt2 joined papers 6436 0.1""".splitlines()}
+ZEROSHOT = [name for name, row in SETS.items() if 'joined' in row]
 # What was a loading script, `datasets` no longer runs: I take the hub's own conversion of it to parquet.
 REVISIONS = {'Skylion007/openwebtext': 'b4325f019c648b1641a1784748667e8b74e5e064',
              'billion-word-benchmark/lm1b': '8d52bfd3cc2819fc1166dbb8144c328e2690de3e',
@@ -103,7 +97,7 @@ LM1B = [('(https?) : / / ', r'\1://'), (r" '(\w+)", r"'\1"), (r' (\w+) \. ', r' 
         (r' \? ', '? '), (r' \?$', '?'), (' ! ', '! '), (' !$', '!'), (' , ', ', '), (' : ', ': '), (' ; ', '; '),
         (' / ', '/'), ('" ([^"]+) "', r'"\1"'), ("' ([^']+) '", r"'\1'"), (r'\( ([^()]+) \)', r'(\1)'),
         (r'\[ ([^\[\]]+) \]', r'[\1]'), (r'\$ ', '$'), ('£ ', '£')]
-DETOKENISERS = {None: [], 'wikitext': WIKITEXT, 'lm1b': LM1B, 'papers': WIKITEXT + LM1B,
+DETOKENISERS = {'-': [], 'wikitext': WIKITEXT, 'lm1b': LM1B, 'papers': WIKITEXT + LM1B,
                 'ptb': [(" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (' \n ', '\n'), (r'\\/', '/'),
                         ('(?<= )N(?= )', '1'), (r'([$#]) 1', r'\g<1>1'), ('<unk>', '?')],
                 'lambada': [('[“”]', '"'), (r'\A\s*', '\n'), (r'\s*\Z', '')]}
@@ -146,7 +140,7 @@ def records(path, key):
         if path.endswith('.parquet'):
             table = pyarrow.parquet.ParquetFile(path, buffer_size=BATCH)
             if key not in table.schema_arrow.names:
-                raise SystemExit(f'{path} has no column {key!r}: choose one of {table.schema_arrow.names} by --text_key')
+                raise SystemExit(f'{path} has no column {key!r} (--text_key): it has {table.schema_arrow.names}')
             texts = (text for rows in table.iter_batches(256, columns=[key]) for text in rows.column(0).to_pylist())
         else:
             lines = io.BufferedReader(pyarrow.input_stream(path, compression='detect'))
@@ -243,28 +237,27 @@ def read_files(files, val_fraction, text_key):
 
 
 def hub_files(repo, revision, pattern, split, source):
-    """Local paths of a hub data set's files, each fetched when its turn comes; source['revision']: the commit's hash."""
+    """Local paths of a hub data set's files, each fetched when its turn comes; source['revision'] tells the commit."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    where, offline = dict(repo_type='dataset', revision=revision), False
     try:
         try:
-            names = HfApi().list_repo_files(repo, **where)
-        except Exception:  # offline, in one of a dozen ways: what has been fetched before will do
-            root = Path(snapshot_download(repo, local_files_only=True, **where))
-            names, offline = [f.relative_to(root).as_posix() for f in root.rglob('*') if f.is_file()], True
+            info = HfApi().dataset_info(repo, revision=revision)
+            names, commit, offline = [file.rfilename for file in info.siblings], info.sha, False
+        except Exception:  # offline, in one of a dozen ways: what was fetched before will do
+            root = Path(snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True))
+            names, commit, offline = [path.relative_to(root).as_posix() for path in root.rglob('*.*')], root.name, True
+        source['revision'] = commit
         found = sorted(name for name in names if fnmatch(name, pattern) and name.endswith(TEXTS + RECORDS)
-                       and (split is None or split in re.split('[^a-z]+', name)))
+                       and (not split or split in re.split('[^a-z]+', name)))
         for name in found:
-            path = hf_hub_download(repo, name, local_files_only=offline, **where)
-            source['revision'] = Path(path[:-len(name)]).name
-            yield path
+            yield hf_hub_download(repo, name, repo_type='dataset', revision=commit, local_files_only=offline)
     except Exception as error:
-        raise SystemExit(f'{repo} ({revision}) is out of reach ({type(error).__name__}): go online once, name a mirror by '
-                         'HF_ENDPOINT, or a copy by HF_HOME (with HF_HUB_OFFLINE=1, nothing else is asked)')
-    shards = re.search(r'-of-(\d+)\.parquet$', found[-1]) if found else None
+        raise SystemExit(f'{repo} ({revision}) is out of reach ({type(error).__name__}): go online once, or name a '
+                         'mirror by HF_ENDPOINT or a copy by HF_HOME (with HF_HUB_OFFLINE=1 I look nowhere else)')
+    shards = found and re.search(r'-of-(\d+)\.parquet$', found[-1])
     if not found or shards and len(found) < int(shards[1]):
-        raise SystemExit(f'{repo} ({revision}) has {len(found)} files of {pattern} for {split or "this set"}, too few, among '
-                         f'{", ".join(sorted(names)[:8])}: see --split, --revision (refs/convert/parquet has most sets)')
+        raise SystemExit(f'{repo} ({revision}) lacks files: {len(found)} of {pattern} {split} are there, among '
+                         f'{", ".join(sorted(names)[:5])}; see --split and --revision (refs/convert/parquet, say)')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokens
@@ -291,18 +284,19 @@ def head(texts, characters):
 
 def bert_vocabulary():
     from huggingface_hub import hf_hub_download
-    for repo in (BERT[0], BERT[0].split('/')[1]):  # a copy may bear its older name
+    problem = None
+    for repo, local in ((BERT[0], True), ('bert-base-uncased', True), (BERT[0], False)):  # a copy may bear its old name
         try:
-            return hf_hub_download(repo, 'vocab.txt', revision=BERT[1])
+            return hf_hub_download(repo, 'vocab.txt', revision=BERT[1], local_files_only=local)
         except Exception as error:
             problem = type(error).__name__
-    raise SystemExit(f'the vocabulary of {BERT[0]} is out of reach ({problem}): go online once, name a copy by HF_HOME, '
-                     'or give its vocab.txt as --tokenizer')
+    raise SystemExit(f'the vocabulary of {BERT[0]} is out of reach ({problem}): go online once, name a copy by '
+                     'HF_HOME, or give its vocab.txt as --tokenizer')
 
 
 def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
-    """Write a tokenizer's file to path, if it has one, and return what meta says of it. tokenizer: one of TOKENIZERS, or a
-    vocab.txt, a tokenizer.json, a NAME.tiktoken; texts(): the training text in pieces; rule: as in SETS."""
+    """Write a tokenizer's file to path, if it has one, and return what meta says of it. tokenizer: one of TOKENIZERS,
+    or a vocab.txt, a tokenizer.json, a NAME.tiktoken; texts(): the training text in pieces; rule: as in SETS."""
     kind, bos, eos, pad = tokenizer, 0, 0, None
     if tokenizer == 'bytes':
         size = 256
@@ -326,8 +320,8 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
                 kind, words = 'bert', BertWordPieceTokenizer(models.WordPiece.read_file(source))
             words = words or Tokenizer.from_file(source)
         except Exception as error:  # `tokenizers` raises nothing finer
-            raise SystemExit(f'--tokenizer {source} is none of {", ".join(TOKENIZERS)} and no vocab.txt or tokenizer.json '
-                             f'either: {" ".join(str(error).split())[:120]}')
+            raise SystemExit(f'--tokenizer {source} is none of {", ".join(TOKENIZERS)}, and no vocab.txt or '
+                             f'tokenizer.json either: {" ".join(str(error).split())[:120]}')
         words.save(str(path))
         size = 1 + max(words.get_vocab().values())
         pick = lambda *names: next((i for name in names if (i := words.token_to_id(name)) is not None), None)
@@ -340,8 +334,9 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
             raise SystemExit(f'--tokenizer {source} has no token that ends a document, like <|endoftext|> or </s>')
     if rule == 'padded' and pad is None:
         raise SystemExit(f'--tokenizer {tokenizer} has no [PAD], and this set is padded: take its packed form')
-    return dict(tokenizer=kind, tokenizer_sha256=hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None,
-                vocab_size=size, bos_id=bos, eos_id=eos, pad_id=pad, dtype='uint16' if size <= 65535 else 'uint32')
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos, pad_id=pad,
+                dtype='uint16' if size <= 65535 else 'uint32')
 
 
 def copy_tiktoken(source, path):
@@ -354,7 +349,7 @@ def copy_tiktoken(source, path):
         ranks = load_tiktoken_bpe(source)
         eos = parts['special_tokens']['<|endoftext|>']
     except Exception as error:
-        raise SystemExit(f'--tokenizer {source} is not one of {", ".join(known)}, by its name and content: {error!r:.160}')
+        raise SystemExit(f'--tokenizer {source} is none of {", ".join(known)} by its name and content: {error!r:.99}')
     path.write_text(json.dumps(dict(
         pat_str=parts['pat_str'], special_tokens=parts['special_tokens'],
         mergeable_ranks={base64.b64encode(word).decode(): i for word, i in ranks.items()})))
@@ -402,14 +397,17 @@ def begin_worker(*settings):
 
 
 def encode_batch(batch):
-    """-> {part: (ids, sizes)}: sizes (n,3), of each text its tokens, its bytes, and whether it ends a document."""
+    """-> {part: (tokens, sizes)}; sizes (n,3): of each text its tokens, its bytes, and whether it ends a document."""
     (encode, kind, rule, eos, dtype), out = job, {}
     for part, text, ends in batch:
         raw = detokenise(text, kind).encode(errors='replace')  # a JSON may hold half a character
-        ids, sizes = out.setdefault(part, ([], []))
-        ids.append(np.array(encode(raw.decode()) + [eos] * (ends and rule == 'packed'), dtype))
-        sizes.append((len(ids[-1]), len(raw) + (ends and rule != 'joined'), ends))  # an eos counts as one byte
-    return {part: (np.concatenate(ids), np.array(sizes)) for part, (ids, sizes) in out.items()}
+        ids = encode(raw.decode())
+        if ends and rule == 'packed':
+            ids.append(eos)
+        tokens, sizes = out.setdefault(part, ([], []))
+        tokens.append(np.fromiter(ids, dtype, len(ids)))
+        sizes.append((len(ids), len(raw) + (ends and rule != 'joined'), ends))  # an eos counts as one byte
+    return {part: (np.concatenate(tokens), np.array(sizes)) for part, (tokens, sizes) in out.items()}
 
 
 def encoded(batches, workers, *settings):
@@ -499,13 +497,14 @@ def remove_stale(data_dir):
 def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05, data_dir='data', text_key='text',
             split='train', revision='main', max_docs=None, max_tokens=None, workers=1):
     """Write the data set and return its meta. If anything goes wrong, an older one of that name stays as it was."""
-    ours = paths[0] if len(paths) == 1 and paths[0] in ('stdlib', *SETS) else None
+    known = 'stdlib', *SETS
+    ours = paths[0] if len(paths) == 1 and paths[0] in known else None
     hub = re.fullmatch('hf:([^/]+/[^/]+)/?(.*)', paths[0]) if len(paths) == 1 else None
     first = Path(os.path.abspath(paths[0]))
     if name is None:
         name = ours or (hub[1].split('/')[1] if hub else first.name if first.is_dir() else
                         re.sub(r'(\.jsonl)?\.\w+$', '', first.name))
-    if not name or name[0] == '.' or name != Path(name).name or '*' in name or name in ('stdlib', *SETS) and name != ours:
+    if not name or name[0] == '.' or name != Path(name).name or '*' in name or name in known and name != ours:
         raise SystemExit(f'{name!r} will not do as the name of your data: choose another with --name')
     target = Path(data_dir, name)
     if target.exists() and (others := set(os.listdir(target)) - FILES):  # somebody's texts, say
@@ -516,16 +515,16 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
         if number is not None and number < 1:
             raise SystemExit(f'--{flag} {number} must be at least 1')
 
-    usual, rule, kind, expected = TOKENIZER, 'packed', None, max_docs
+    usual, rule, kind, expected = TOKENIZER, 'packed', '-', max_docs
     if ours in SETS:
-        repo, train, val, column, usual, rule, kind, documents, _ = SETS[ours]
-        source, expected = dict(source=repo, revision=REVISIONS[repo]), min(documents, max_docs or documents)
-        fetch = lambda files: documents_of(hub_files(repo, REVISIONS[repo], files, None, source), column)
-        parts = {'train': train, 'val': val} if val not in ('last', 'some') else {'train': train}
+        repo, train, val, column, usual, rule, kind, expected, _ = SETS[ours]
+        source, expected = dict(source=repo), min(int(expected), max_docs or int(expected))
+        fetch = lambda files: documents_of(hub_files(repo, REVISIONS[repo], files, '', source), column)
+        parts = [(part, files) for part, files in (('train', train), ('val', val)) if '*' in files]
         documents = lambda: (numbered(fetch(train), val_fraction) if val == 'some' else
-                             ((part, text) for part, files in parts.items() if files for text in fetch(files)))
+                             ((part, document) for part, files in parts for document in fetch(files)))
     elif hub:
-        source = dict(source=hub[1], revision=revision)
+        source = dict(source=hub[1])
         documents = lambda: numbered(documents_of(hub_files(hub[1], revision, hub[2] or '*', split, source), text_key),
                                      val_fraction)
     else:
@@ -547,7 +546,7 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
         new.mkdir()
         texts = lambda: (text for part, document in some() if part == 'train' for text, _ in pieces(document))
         meta = dict(name=name, rule=rule) | make_tokenizer(tokenizer, vocab_size, texts, new / 'tokenizer.json', rule)
-        whole = kind is not None or meta['tokenizer'] == 'json'  # their rules may look across any place
+        whole = kind != '-' or meta['tokenizer'] == 'json'  # their rules may look across any place
         results = encoded(batches(some(), whole), workers, meta, new, kind)
         last = write_tokens(new, results, meta, expected, max_tokens)
         if ours in SETS and val == 'last':
@@ -583,9 +582,8 @@ def main():
     add('--workers', type=int, default=os.cpu_count(), help='processes; default: as many as there are cores')
     args = parser.parse_args()
     if args.list:
-        print(f'{"set":12} {"source":28} {"GB":>6} {"tokenizer":9} {"rule":7} revision')
-        for name, (repo, *_, tokenizer, rule, _, _, size) in SETS.items():
-            print(f'{name:12} {repo:28} {size:6} {tokenizer:9} {rule:7} {REVISIONS[repo]}')
+        for row in COLUMNS, *([name, *row, REVISIONS[row[0]]] for name, row in SETS.items()):
+            print(*(f'{cell:{width}}' for cell, width in zip(row, (12, 28, 19, 32, 9, 9, 7, 11, 9, 6, 0))))
     elif not args.paths:
         parser.error('required: stdlib, a set that --list shows, or a text of yours')
     for paths in [] if args.list else [[name] for name in ZEROSHOT] if args.paths == ['zeroshot'] else [args.paths]:
@@ -594,6 +592,7 @@ def main():
 
 def run(args, paths):
     begun = time.perf_counter()
+    os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # it would list its retries
     try:
         meta = prepare(**{key: value for key, value in vars(args).items() if key != 'list'} | dict(paths=paths))
     except KeyboardInterrupt:
