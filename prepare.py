@@ -49,6 +49,7 @@ TEXTS, RECORDS = ('.txt', '.md'), ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parque
 LEFT_OUT = {'test', 'tests', 'idle_test', 'encodings', 'pydoc_data', 'entities.py', 'stringprep.py', '_casefix.py',
             'site-packages', 'dist-packages', 'sitecustomize.py'}
 BATCH = 2 ** 20           # characters a worker gets at a time; a longer document comes in several pieces
+WINDOW = 2 ** 16           # how far before it I look for a place to cut
 LEARN_FROM = 100_000_000  # characters of the training text that teach a BPE
 # Where no tokenizer that I cut for joins anything: before a space between two words, or behind such a newline.
 SAFE = re.compile(r'(?<=\S)(?= \S)|(?<=\S\n)(?=\S)')
@@ -113,9 +114,11 @@ def detokenise(text, kind):
 
 def blocks(path, start=0, stop=None):
     """The text of a UTF-8 file, or of some of its bytes: line ends made \\n, its byte order mark dropped."""
-    decode, at, held = codecs.getincrementaldecoder('utf-8')().decode, start, ''
+    decode = codecs.getincrementaldecoder('utf-8' if start else 'utf-8-sig')().decode
+    at, held = start, ''
     with open(path, 'rb') as file:
-        file.seek(start) if start else None
+        if start:  # a pipe cannot
+            file.seek(start)
         while True:
             raw = file.read(BATCH if stop is None else min(BATCH, stop - at))
             if (nul := raw.find(b'\0')) >= 0:
@@ -126,7 +129,7 @@ def blocks(path, start=0, stop=None):
                 at += error.start + len(raw) - len(error.object)
                 raise SystemExit(f'{path} is not UTF-8 from byte {at} on: convert it first')
             held = '\r' if raw and text.endswith('\r') else ''  # a \n may follow
-            yield text[:len(text) - len(held)].removeprefix('' if at else '\ufeff').replace('\r\n', '\n')
+            yield text[:len(text) - len(held)].replace('\r\n', '\n')
             at += len(raw)
             if not raw:
                 return
@@ -145,9 +148,10 @@ def records(path, key):
         else:
             lines = io.BufferedReader(pyarrow.input_stream(path, compression='detect'))
             texts = (json.loads(line)[key] for line in lines if line.strip())
-        for number, text in enumerate(texts, 1):
+        for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f'it is {text!r:.40}')
+            number += 1
             yield text
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise SystemExit(f'{path}: no text under {key!r} (--text_key) in record {number + 1} '
@@ -362,7 +366,7 @@ def pieces(document, whole=False):
     for block in [''.join(document)] if whole else document:
         held, at = held + block, 0
         while len(held) - at > BATCH and not whole:  # where there is no safe place, any will do
-            *_, cut = at + BATCH, *(m.start() for m in SAFE.finditer(held, at + BATCH - 2**16, at + BATCH))
+            *_, cut = at + BATCH, *(m.start() for m in SAFE.finditer(held, at + BATCH - WINDOW, at + BATCH))
             yield held[at:cut], False
             at = cut
         held = held[at:]
