@@ -49,7 +49,7 @@ TEXTS, RECORDS = ('.txt', '.md'), ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parque
 LEFT_OUT = {'test', 'tests', 'idle_test', 'encodings', 'pydoc_data', 'entities.py', 'stringprep.py', '_casefix.py',
             'site-packages', 'dist-packages', 'sitecustomize.py'}
 BATCH = 2 ** 20           # characters a worker gets at a time; a longer document comes in several pieces
-WINDOW = 2 ** 16           # how far before it I look for a place to cut
+WINDOW = 2 ** 16          # how far before the end of a piece I look for a place to cut
 LEARN_FROM = 100_000_000  # characters of the training text that teach a BPE
 # Where no tokenizer that I cut for joins anything: before a space between two words, or behind such a newline.
 SAFE = re.compile(r'(?<=\S)(?= \S)|(?<=\S\n)(?=\S)')
@@ -213,13 +213,13 @@ def read_stdlib():
 def find_files(paths):
     """{name: path} of files and of folders' files; names are relative to the folder that holds them all."""
     files = {}
-    for path in map(Path, itertools.chain(*(glob.glob(path) or [path] for path in paths))):
+    for path in map(Path, itertools.chain(*(not os.path.exists(p) and glob.glob(p) or [p] for p in paths))):
         if not path.exists():
             raise SystemExit(f'{path}: no such file or folder')
         found = [path]
         if path.is_dir():  # hidden files stay out: .git, .venv, and what a Mac writes beside every file
-            found = [f for f in path.rglob('*') if f.name.lower().endswith(TEXTS + RECORDS) and f.is_file()
-                     and '/.' not in '/' + f.relative_to(path).as_posix()]
+            found = [f for f in path.rglob('*') if (f.suffix.lower() in TEXTS or f.name.endswith(RECORDS))
+                     and f.is_file() and '/.' not in '/' + f.relative_to(path).as_posix()]
         found = [os.path.abspath(f) for f in found if f.name.endswith(RECORDS) or any(map(str.strip, blocks(f)))]
         if not found:
             raise SystemExit(f'{path} has no text in it' + f' ({" or ".join(TEXTS)} files)' * path.is_dir())
@@ -394,9 +394,9 @@ def begin(*settings):
 
 
 def begin_worker(*settings):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, and
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # it dies with the parent, however that ends
+    end_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # however that ends
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     begin(*settings)
 
 
@@ -423,6 +423,10 @@ def encoded(batches, workers, *settings):
         return
     spawn, waiting = multiprocessing.get_context('spawn'), collections.deque()
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker, settings) as pool:
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit this: Ctrl-C is mine to handle
+        for _ in range(workers):
+            pool.submit(os.getpid)
+        signal.signal(signal.SIGINT, usual)
         try:
             for batch in itertools.chain(few, batches):
                 waiting.append(pool.submit(encode_batch, batch))
@@ -477,21 +481,11 @@ def cut_last(folder, meta, last):
         meta |= {f'train_{key}': value, f'val_{key}': meta[f'train_{key}'] - value}
 
 
-def checksum(folder):
-    """sha256 of train.bin, then val.bin, as they are on the disk."""
-    digest = hashlib.sha256()
-    for part in ('train', 'val'):
-        with open(folder / f'{part}.bin', 'rb') as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def remove_stale(data_dir):
     """Remove what runs on this machine left behind that were killed."""
-    for path in Path(data_dir).glob(f'.unfinished-{platform.node()}-*'):
+    for path in Path(data_dir).glob(f'.unfinished-{platform.node()}-*') if os.name == 'posix' else []:
         try:
-            os.kill(int(path.name.split('-')[-2]), 0) if os.name == 'posix' else None
+            os.kill(int(path.name.split('-')[-2]), 0)  # no signal, only a look
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (ValueError, OSError):  # not mine to judge
@@ -519,7 +513,7 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
         if number is not None and number < 1:
             raise SystemExit(f'--{flag} {number} must be at least 1')
 
-    usual, rule, kind, expected = TOKENIZER, 'packed', '-', max_docs
+    usual, rule, kind, val, expected = TOKENIZER, 'packed', '-', None, max_docs
     if ours in SETS:
         repo, train, val, column, usual, rule, kind, expected, _ = SETS[ours]
         source, expected = dict(source=repo), min(int(expected), max_docs or int(expected))
@@ -540,6 +534,8 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
     if vocab_size is not None and not 257 <= vocab_size <= 65535:
         raise SystemExit(f'--vocab_size {vocab_size} must be 257 (every byte, and eos) to 65535 (what uint16 holds)')
     some = lambda: itertools.islice(documents(), max_docs)
+    # what a tokenizer learns from; of a whole set whose end validates, it never comes that far
+    learn = lambda: itertools.islice(some(), max_docs * 9 // 10 if max_docs and val == 'last' else None)
 
     # I write beside the target and rename at the end, so that whatever stands there is whole.
     os.makedirs(data_dir, exist_ok=True)
@@ -548,17 +544,21 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
     with tempfile.TemporaryDirectory(prefix=prefix, dir=data_dir) as scratch:
         new = Path(scratch, 'new')
         new.mkdir()
-        texts = lambda: (text for part, document in some() if part == 'train' for text, _ in pieces(document))
+        texts = lambda: (text for part, document in learn() if part == 'train' for text, _ in pieces(document))
         meta = dict(name=name, rule=rule) | make_tokenizer(tokenizer, vocab_size, texts, new / 'tokenizer.json', rule)
         whole = kind != '-' or meta['tokenizer'] == 'json'  # their rules may look across any place
         results = encoded(batches(some(), whole), workers, meta, new, kind)
         last = write_tokens(new, results, meta, expected, max_tokens)
-        if ours in SETS and val == 'last':
+        if val == 'last':
             cut_last(new, meta, last)
         for part in ('train', 'val'):
             if meta[f'{part}_tokens'] <= meta[f'{part}_documents'] and (part == 'val' or rule != 'joined'):
                 raise SystemExit(f'too little text to keep {val_fraction:.0%} of it for validation: prepare more')
-        meta |= source | dict(documents=meta['train_documents'] + meta['val_documents'], checksum=checksum(new))
+        digest = hashlib.sha256()  # of train.bin, then val.bin, as they are on the disk
+        for part in ('train', 'val'):
+            with open(new / f'{part}.bin', 'rb') as file:
+                hashlib.file_digest(file, lambda: digest)
+        meta |= source | dict(documents=meta['train_documents'] + meta['val_documents'], checksum=digest.hexdigest())
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
         if target.exists():
             target.rename(Path(scratch, 'old'))
