@@ -15,7 +15,6 @@ import argparse
 import base64
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import glob
 import hashlib
@@ -25,6 +24,7 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import re
 import shutil
 import signal
@@ -393,13 +393,6 @@ def begin(*settings):
     job = load_tokenizer(meta, folder).encode, kind, meta['rule'], meta['eos_id'], meta['dtype']
 
 
-def begin_worker(*settings):
-    end_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # however that ends
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    begin(*settings)
-
-
 def encode_batch(batch):
     """-> {part: (tokens, sizes)}; sizes (n,3): of each text its tokens, its bytes, and whether it ends a document."""
     (encode, kind, rule, eos, dtype), out = job, {}
@@ -414,6 +407,33 @@ def encode_batch(batch):
     return {part: (np.concatenate(tokens), np.array(sizes)) for part, (tokens, sizes) in out.items()}
 
 
+def work(pipe, *settings):
+    """A worker process: batches come in, results go out, until nobody is at the pipe's other end, for any reason."""
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    begin(*settings)
+    inbox = queue.SimpleQueue()
+
+    def receive():  # a thread of its own, or we might both be sending, and nobody read
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                inbox.put(pipe.recv())
+        os._exit(0)
+    threading.Thread(target=receive, daemon=True).start()
+    with contextlib.suppress(OSError):
+        while True:
+            try:
+                result = encode_batch(inbox.get())
+            except BaseException as error:
+                result = error
+            pipe.send(result)
+
+
+def result_of(pipe):
+    if isinstance(result := pipe.recv(), BaseException):
+        raise result
+    return result
+
+
 def encoded(batches, workers, *settings):
     """encode_batch of each, in their order; never more than a few are in memory."""
     begin(*settings)
@@ -421,21 +441,26 @@ def encoded(batches, workers, *settings):
     if workers == 1 or len(few) < 8:  # so little is done before the others have started
         yield from map(encode_batch, itertools.chain(few, batches))
         return
-    spawn, waiting = multiprocessing.get_context('spawn'), collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker, settings) as pool:
-        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit this: Ctrl-C is mine to handle
-        for _ in range(workers):
-            pool.submit(os.getpid)
-        signal.signal(signal.SIGINT, usual)
-        try:
-            for batch in itertools.chain(few, batches):
-                waiting.append(pool.submit(encode_batch, batch))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    spawn, pipes, waiting = multiprocessing.get_context('spawn'), [], collections.deque()
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit this: Ctrl-C is mine to handle
+    for _ in range(workers):
+        pipe, other = spawn.Pipe()
+        spawn.Process(target=work, args=(other, *settings), daemon=True).start()
+        other.close()
+        pipes.append(pipe)
+    signal.signal(signal.SIGINT, usual)
+    try:
+        for pipe, batch in zip(itertools.cycle(pipes), itertools.chain(few, batches)):
+            if len(waiting) == 2 * workers:
+                yield result_of(waiting.popleft())
+            pipe.send(batch)
+            waiting.append(pipe)
+        yield from map(result_of, waiting)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise SystemExit('a worker died, out of memory perhaps: nothing was written; fewer --workers need less')
+    finally:
+        for pipe in pipes:
+            pipe.close()
 
 
 def write_tokens(folder, results, meta, expected, max_tokens):
@@ -603,8 +628,6 @@ def run(args, paths):
         raise SystemExit('stopped: nothing was written')
     except ImportError as error:
         raise SystemExit(f'a package is missing: pip install {error.name}')
-    except concurrent.futures.BrokenExecutor:
-        raise SystemExit('a worker died, out of memory perhaps: nothing was written; fewer --workers need less')
     except OSError as error:  # no permission, no space, ...
         raise SystemExit(f'nothing was written: {error}')
     tokens, size = (meta[f'train_{x}'] + meta[f'val_{x}'] for x in ('tokens', 'bytes'))
