@@ -429,7 +429,11 @@ def work(pipe, *settings):
 
 
 def result_of(pipe):
-    if isinstance(result := pipe.recv(), BaseException):
+    try:
+        result = pipe.recv()
+    except (EOFError, OSError):  # nothing comes, or half of it
+        raise BrokenPipeError
+    if isinstance(result, BaseException):
         raise result
     return result
 
@@ -456,7 +460,7 @@ def encoded(batches, workers, *settings):
             pipe.send(batch)
             waiting.append(pipe)
         yield from map(result_of, waiting)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (BrokenPipeError, ConnectionResetError):
         raise SystemExit('a worker died, out of memory perhaps: nothing was written; fewer --workers need less')
     finally:
         for pipe in pipes:
