@@ -23,12 +23,13 @@ LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
 class Tokenizer(NamedTuple):
     encode: Callable  # text -> list of ids, no special ones added
     decode: Callable  # list or 1-d array of ids -> text, never an error: eos is a blank line, broken bytes are U+FFFD
+    array: Callable   # text -> the ids as an array, or whatever makes one soonest
 
 
 def load_tokenizer(meta, folder):
     """The Tokenizer that meta names; folder is where its tokenizer.json lies, if it has one."""
     name, eos, path = meta['tokenizer'], meta['eos_id'], Path(folder, 'tokenizer.json')
-    unseen = {meta.get('bos_id'), eos, meta.get('pad_id')}
+    unseen, array = {meta.get('bos_id'), eos, meta.get('pad_id')}, None
     try:
         if name == 'bytes':
             encode = lambda text: list(text.encode())
@@ -62,6 +63,7 @@ def load_tokenizer(meta, folder):
                 words = tiktoken.Encoding(path.parent.name, mergeable_ranks=ranks, **parts)
                 unseen |= set(range(words.n_vocab)) - set(ranks.values()) - set(parts['special_tokens'].values())
             encode, decode = words.encode_ordinary, words.decode
+            array = lambda text: words.encode_to_numpy(text, disallowed_special=())
         else:
             raise SystemExit(f'unknown tokenizer {name!r}: I know bytes, char, bpe, gpt2, bert, json and tiktoken')
     except ImportError as error:
@@ -76,7 +78,7 @@ def load_tokenizer(meta, folder):
         documents = np.split(ids, np.flatnonzero(ids == eos))  # all but the first start with their eos
         return '\n\n'.join(decode([i for i in document.tolist() if i not in unseen]) for document in documents)
 
-    return Tokenizer(encode, decode_documents)
+    return Tokenizer(encode, decode_documents, array or encode)
 
 
 def same_tokenizer(meta, other):

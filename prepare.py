@@ -387,10 +387,10 @@ def batches(documents, whole):
 
 
 def begin(*settings):
-    """What encode_batch needs, once for each process: encode, kind of detokeniser, rule, eos, dtype."""
+    """What encode_batch needs, once for each process: text to ids, kind of detokeniser, rule, eos, dtype."""
     global job
     meta, folder, kind = settings
-    job = load_tokenizer(meta, folder).encode, kind, meta['rule'], meta['eos_id'], meta['dtype']
+    job = load_tokenizer(meta, folder).array, kind, meta['rule'], meta['eos_id'], meta['dtype']
 
 
 def encode_batch(batch):
@@ -398,12 +398,11 @@ def encode_batch(batch):
     (encode, kind, rule, eos, dtype), out = job, {}
     for part, text, ends in batch:
         raw = detokenise(text, kind).encode(errors='replace')  # a JSON may hold half a character
-        ids = encode(raw.decode())
-        if ends and rule == 'packed':
-            ids.append(eos)
+        ids = np.array(encode(raw.decode()), dtype)
+        end = np.array([eos] if ends and rule == 'packed' else [], dtype)
         tokens, sizes = out.setdefault(part, ([], []))
-        tokens.append(np.fromiter(ids, dtype, len(ids)))
-        sizes.append((len(ids), len(raw) + (ends and rule != 'joined'), ends))  # an eos counts as one byte
+        tokens += ids, end
+        sizes.append((len(ids) + len(end), len(raw) + (ends and rule != 'joined'), ends))  # an eos counts as one byte
     return {part: (np.concatenate(tokens), np.array(sizes)) for part, (tokens, sizes) in out.items()}
 
 

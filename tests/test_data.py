@@ -217,15 +217,16 @@ def tokenizer(request, home, monkeypatch):
 
 
 def test_round_trip(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, array) = tokenizer
     for text in (HARD, play(500), '', '\n', 'é' * 3000):
         ids = encode(text)
-        assert type(ids) is list and meta['eos_id'] not in ids and all(0 <= i < meta['vocab_size'] for i in ids)
+        assert type(ids) is list and all(0 <= i < meta['vocab_size'] and i != meta['eos_id'] for i in ids)
+        assert list(array(text)) == ids
         assert decode(ids) == text == decode(np.array(ids, dtype=np.uint16))
 
 
 def test_decode_never_fails(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, _) = tokenizer
     assert decode([]) == ''
     for i in range(meta['vocab_size']):
         assert type(decode([i])) is str
@@ -239,7 +240,7 @@ def test_decode_never_fails(tokenizer):
 
 
 def test_eos_shows_as_an_empty_line(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, _) = tokenizer
     eos = [meta['eos_id']]
     assert decode(eos) == '\n\n'
     assert decode(encode('one') + eos + encode('two') + eos) == 'one\n\ntwo\n\n'
@@ -421,7 +422,7 @@ def test_an_interrupt_while_writing_keeps_the_old_set(notes, monkeypatch, capsys
         seen.extend(path for path in Path('data').glob('*/*/train.bin'))
         return encode(text)
 
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: prepare.argparse.Namespace(encode=interrupted))
+    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: prepare.argparse.Namespace(array=interrupted))
     monkeypatch.setattr(sys, 'argv', ['prepare.py', 'notes', '--tokenizer', 'bytes'])
     for problem, says in ((KeyboardInterrupt(), 'stopped'), (OSError(28, 'No space left on device'), 'No space left')):
         seen.clear()

@@ -301,7 +301,7 @@ def test_bert_is_the_reference_word_piece(tmp_path, real):
     ok('text.txt', '--tokenizer', 'vocab.txt', cwd=tmp_path)
     meta, _ = load_data(tmp_path / 'data/text')
     assert (meta['tokenizer'], meta['vocab_size'], meta['pad_id']) == ('bert', len(words), None)
-    encode, _ = load_tokenizer(meta, tmp_path / 'data/text')
+    encode, *_ = load_tokenizer(meta, tmp_path / 'data/text')
     for text in ('The quick brown fox!', 'Café NAÏVE, résumé', '中文quick中', 'a🙂b 🏽 e\u0301', 'ÅÄÖ ß İ ǆ', '[SEP] [MASK]',
                  'tab\tnew\nline\x00\x07\u200bx', 'x' * 100 + ' ' + 'y' * 101, "don't-stop... $5: #1", '\ufffdﬁ ½ ² ™',
                  '\u3000wide\xa0space\u2028line', '한국어 ひらがな ไทย', 'caféing unaffable jumping', 'end \ue000\U000e0001.'):
@@ -312,7 +312,7 @@ def test_characters(tmp_path):
     (tmp_path / 'text.txt').write_text('one two\n' * 50 + 'naïve\n' * 3)  # what validates has two letters of its own
     ok('text.txt', '--tokenizer', 'char', cwd=tmp_path)
     meta, data = load_data(tmp_path / 'data/text')
-    encode, decode = load_tokenizer(meta, tmp_path / 'data/text')
+    encode, decode, _ = load_tokenizer(meta, tmp_path / 'data/text')
     assert meta['vocab_size'] == 2 + len(set('one two\n')) and meta['tokenizer_sha256']
     assert decode(data['train'][0]).startswith('one two\none') and decode(encode('a tent')) == '\ufffd tent'
     assert '\ufffd' in decode(data['val'][0]) and data['train'][0][-1] == meta['eos_id'] == 0
@@ -328,7 +328,7 @@ def test_a_tiktoken_file(tmp_path, name, size):
     (tmp_path / 'text.txt').write_text('The other the, the 字\n' * 20)
     ok('text.txt', '--tokenizer', f'{name}.tiktoken', cwd=tmp_path)
     meta, data = load_data(tmp_path / 'data/text')
-    encode, decode = load_tokenizer(meta, tmp_path / 'data/text')
+    encode, decode, _ = load_tokenizer(meta, tmp_path / 'data/text')
     assert (meta['tokenizer'], meta['vocab_size']) == ('tiktoken', size)
     assert meta['dtype'] == ('uint16' if size < 65536 else 'uint32')
     assert data['train'][0].dtype == meta['dtype'] and data['train'][0][-1] == meta['eos_id'] > 50000
