@@ -618,25 +618,22 @@ def main():
             print(*(f'{cell:{width}}' for cell, width in zip(row, (12, 28, 19, 32, 9, 9, 7, 11, 9, 6, 0))))
     elif not args.paths:
         parser.error('required: stdlib, a set that --list shows, or a text of yours')
-    for paths in [] if args.list else [[name] for name in ZEROSHOT] if args.paths == ['zeroshot'] else [args.paths]:
-        run(args, paths)
-
-
-def run(args, paths):
-    begun = time.perf_counter()
     os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # it would list its retries
-    try:
-        meta = prepare(**{key: value for key, value in vars(args).items() if key != 'list'} | dict(paths=paths))
-    except KeyboardInterrupt:
-        raise SystemExit('stopped: nothing was written')
-    except ImportError as error:
-        raise SystemExit(f'a package is missing: pip install {error.name}')
-    except OSError as error:  # no permission, no space, ...
-        raise SystemExit(f'nothing was written: {error}')
-    tokens, size = (meta[f'train_{x}'] + meta[f'val_{x}'] for x in ('tokens', 'bytes'))
-    print(f'{Path(args.data_dir, meta["name"])}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to'
-          f' validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}, {size / tokens:.2f} bytes per token; '
-          f'documents: {meta["documents"]:,}; {time.perf_counter() - begun:.1f} s')
+    for paths in [] if args.list else [[name] for name in ZEROSHOT] if args.paths == ['zeroshot'] else [args.paths]:
+        begun, options = time.perf_counter(), {key: value for key, value in vars(args).items() if key != 'list'}
+        try:
+            meta = prepare(**options | dict(paths=paths))
+        except KeyboardInterrupt:
+            raise SystemExit('stopped: nothing was written')
+        except ImportError as error:
+            raise SystemExit(f'a package is missing: pip install {error.name}')
+        except OSError as error:  # no permission, no space, ...
+            raise SystemExit(f'nothing was written: {error}')
+        tokens, size = (meta[f'train_{x}'] + meta[f'val_{x}'] for x in ('tokens', 'bytes'))
+        print(f'{Path(args.data_dir, meta["name"])}: {meta["train_tokens"]:,} tokens to train on, '
+              f'{meta["val_tokens"]:,} to validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}, '
+              f'{size / tokens:.2f} bytes per token; documents: {meta["documents"]:,}; '
+              f'{time.perf_counter() - begun:.1f} s')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 import base64
 import gzip
 import hashlib
+import http.server
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 
@@ -175,6 +177,42 @@ def test_a_hub_corpus_of_any_name(tmp_path, hub, offline):
     next((folder / 'hub').glob('*openwebtext/snapshots/*/*/*00001-of*')).unlink()
     fails('lacks files: 1 of plain_text/train-*', 'owt', '--tokenizer', 'bytes', cwd=tmp_path, **env)
     assert os.listdir(tmp_path / 'data') == ['mine']
+
+
+def test_a_mirror_is_asked_only_for_the_files_that_are_needed(tmp_path, hub):
+    """A hub of my own, at HF_ENDPOINT: owt's first file holds 100 documents."""
+    root = next(hub.glob('hub/*openwebtext/snapshots/*'))
+    names, asked = sorted(p.relative_to(root).as_posix() for p in root.rglob('*.parquet')), []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            name = self.path.split(f'/resolve/{root.name}/')[-1]
+            files = [{'rfilename': name} for name in names]
+            raw = json.dumps(dict(id='Skylion007/openwebtext', sha=root.name, siblings=files))
+            raw = (root / name).read_bytes() if name in names else raw.encode()
+            self.send_response(200)
+            for header in (('Content-Length', len(raw)), ('ETag', f'"{hashlib.sha256(raw).hexdigest()}"'),
+                           ('X-Repo-Commit', root.name)):
+                self.send_header(*map(str, header))
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(raw)
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = dict(HF_HOME=str(tmp_path / 'hf'), HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HUB_OFFLINE='0',
+               HF_HUB_DISABLE_PROGRESS_BARS='1', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
+    args = 'owt', '--tokenizer', 'bytes', '--max_docs'
+    ok(*args, 50, cwd=tmp_path, **env)
+    assert names[0] in str(asked) and names[1] not in str(asked)
+    ok(*args, 150, cwd=tmp_path, **env)
+    server.shutdown()
+    assert names[1] in str(asked)
+    meta, _ = load_data(tmp_path / 'data/owt')
+    assert (meta['documents'], meta['val_documents'], meta['revision']) == (150, 15, root.name)
+    ok(*args, 200, cwd=tmp_path, **env | dict(HF_HUB_OFFLINE='1'))  # what is fetched stays
 
 
 @pytest.mark.parametrize('kind, text, plain', [
