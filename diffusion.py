@@ -300,20 +300,26 @@ def token_nll(model, x0, t, vocab_size, objective='duo', loss_fn=nelbo):
 
 
 @torch.no_grad()
-def evaluate(nll, get_rows, n, batch_size, device='cpu', rank=0, world=1):
+def evaluate(nll, get_rows, n, batch_size, device='cpu', rank=0, world=1, pad_id=None):
     """Negative log-likelihood per token of each of n rows, nats, (n,) float64 on the CPU: stratified times over [0,1]
     and noise that are the same on every call. nll(x0 (B,T), t (B,1)) -> (B,T); get_rows(numbers) -> x0 on the device.
-    The ranks share the batches, and all get the whole."""
-    each = torch.zeros(n, dtype=torch.float64, device=wide(device))
+    The ranks share the batches, and all get the whole. Tokens that are pad_id are not scored; rows with such are given
+    linearised: the mean of what returns is all losses over all scored tokens, and its error is that of this ratio."""
+    each = torch.zeros(2, n, dtype=torch.float64, device=wide(device))               # mean losses, scored tokens
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         torch.manual_seed(first)
         t = stratified_times(0.5, first, count, n, device=device)
-        each[first:first + count] = nll(x0, t).mean(-1).to(each.device)
+        losses = nll(x0, t)
+        scored = torch.ones_like(losses) if pad_id is None else (x0 != pad_id)[:, -losses.size(1):].to(losses)
+        mean = (losses * scored).sum(-1) / scored.sum(-1)
+        each[:, first:first + count] = torch.stack([mean, scored.sum(-1)]).to(each)
     if world > 1:
         torch.distributed.all_reduce(each)
-    return each.cpu()
+    mean, scored = each.cpu()
+    share = scored / scored.mean()                                                   # one, where nothing is padded
+    return share * mean + (1 - share) * (share * mean).mean()
 
 
 def mean_and_error(each):
