@@ -8,6 +8,7 @@ out_dir/config.json         all else that sampling, evaluating or sharing needs,
 out_dir/tokenizer.json      where the tokenizer is our own
 out_dir/README.md           its card on the Hugging Face hub
 """
+import hashlib
 import json
 import os
 import re
@@ -15,10 +16,12 @@ import shlex
 import shutil
 import zipfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from data import check_meta
 from model import DiT, DiTConfig
 
 # What the authors' config.json calls the fields of DiTConfig, and the models of theirs that I know as one of mine.
@@ -26,6 +29,8 @@ AUTHORS = dict(vocab_size='vocab_size', model_length='block_size', n_blocks='n_l
                hidden_dim='n_embd', cond_dim='cond_dim', causal='causal')
 KINDS = dict(duo='duo', duo_base='duo', distillation='duo', udlm='duo', mdlm='mdlm', ar='ar')
 WRAPPERS = re.compile(r'\b(backbone|module|_orig_mod|model)\.')  # what others put before the names of parameters
+STATE = dict(weights=dict, ema=dict, optimizer=dict, scaler=dict, teacher=dict | None, step=int, model=dict,
+             settings=dict, best=float, seconds=float, skipped=int, fingerprint=str)  # what a resume takes
 # Beside tensors their .ckpt files hold settings and a tokenizer, objects of these modules.
 HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing)\.'
                       r'|collections\.defaultdict$|builtins\.(dict|list|tuple|int|float|str|bool|object)$')
@@ -71,7 +76,7 @@ def write_whole(path, write):
 
 def milestones(out_dir):
     """The paths of its step-*.pt, the newest first."""
-    return sorted(map(str, Path(out_dir).glob('step-*.pt')), reverse=True)
+    return sorted(map(str, Path(out_dir).glob(f'step-{"[0-9]" * 8}.pt')), reverse=True)
 
 
 def has_state(out_dir):
@@ -87,6 +92,15 @@ def link(source, path):
         shutil.copyfile(source, path)
 
 
+def checksum(state):
+    """sha256 of tensors: names, kinds, bits. It stands in their file's header: a file beside may be another's."""
+    digest = hashlib.sha256()
+    for name, w in sorted(state.items()):
+        digest.update(f'{name} {w.dtype} '.encode())
+        digest.update(w.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_model(folder, weights, info, tokenizer_from):
     """model.safetensors, config.json and, if tokenizer_from has one, tokenizer.json: what load_model reads."""
     from safetensors.torch import save_file
@@ -94,7 +108,8 @@ def write_model(folder, weights, info, tokenizer_from):
     if os.path.exists(tokenizer):
         write_whole(os.path.join(folder, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    write_whole(os.path.join(folder, 'model.safetensors'), lambda path: save_file(weights, path, {'format': 'pt'}))
+    header = dict(format='pt', weights_sha256=checksum(weights))
+    write_whole(os.path.join(folder, 'model.safetensors'), lambda path: save_file(weights, path, header))
     write_whole(os.path.join(folder, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
 
 
@@ -103,10 +118,11 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
     data_folder: where the tokenizer.json is, if there is one. The newest keep_last states stay."""
     try:
         write_model(out_dir, ema.state_dict(), info, data_folder)
-        newest = os.path.join(out_dir, f'step-{state["step"]:08}.pt')
+        newest = str(Path(out_dir, f'step-{state["step"]:08}.pt'))
         write_whole(newest, lambda path: torch.save(state, path))
         write_whole(os.path.join(out_dir, 'last.pt'), lambda path: link(newest, path))
-        for old in milestones(out_dir)[keep_last:]:
+        kept = [path for path in milestones(out_dir) if path <= newest][:keep_last]  # I went back behind newer ones
+        for old in {*milestones(out_dir), *map(str, Path(out_dir).glob('step-*.pt.tmp'))} - {*kept}:
             os.remove(old)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         raise SystemExit(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
@@ -120,9 +136,8 @@ def load_state(out_dir, device='cpu'):
             if bad := zipfile.ZipFile(path).testzip():               # torch writes checksums, but does not read them
                 raise ValueError(f'{bad} is damaged')
             state = torch.load(path, map_location=device, weights_only=True)
-            if missing := {'weights', 'ema', 'optimizer', 'scaler', 'teacher', 'step', 'model', 'settings', 'best',
-                            'seconds', 'skipped', 'fingerprint'} - set(state):
-                raise ValueError(f'it has no {min(missing)}')
+            if missing := [key for key, kind in STATE.items() if not isinstance(state.get(key, ...), kind)]:
+                raise ValueError(f'it has no {missing[0]}')
         except FileNotFoundError:
             continue
         except Exception as e:
@@ -206,6 +221,19 @@ def infer_info(config, state, where):
         tokenizer=tokenizer, tokenizer_sha256=None, vocab_size=words, bos_id=bos, eos_id=eos, pad_id=pad))
 
 
+def check_info(info, state):
+    """ValueError if a model's info is none that I write: of wrong kinds, or of another model than state's."""
+    check_meta(info['data'])
+    c, objective, settings = asdict(DiTConfig(**info['model'])), info['objective'], info['settings']
+    good = {key: type(v) is DiTConfig.__annotations__[key] and (type(v) is int) <= v < 2**20 for key, v in c.items()}
+    good.update(objective=objective in ('duo', 'mdlm', 'ar'), causal=c['causal'] is (objective == 'ar'),
+                n_layer=c['n_layer'] == len({name.split('.')[1] for name in state if name.startswith('blocks.')}),
+                vocab_size=c['vocab_size'] == info['data']['vocab_size'] + (objective == 'mdlm'),
+                settings=settings == {} or type(settings['dataset']) is str)
+    if not all(good.values()):
+        raise ValueError(f'its config.json has a wrong {min(good, key=good.get)}')
+
+
 def find_weights(where):
     """The Path of a model's file; see load_model."""
     path = Path(where)
@@ -230,7 +258,7 @@ def load_model(where, weights='ema', device='cpu'):
 
     where: the folder of a run; or of a model of the authors' (their config.json and model.safetensors); or a Lightning
     .ckpt of theirs; or hf:org/name, such a folder on the Hugging Face hub. weights: 'ema' or 'raw'."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
     if weights not in ('ema', 'raw'):
         raise SystemExit(f"--weights is 'ema' or 'raw', not {weights!r}")
     path = find_weights(where)
@@ -240,10 +268,16 @@ def load_model(where, weights='ema', device='cpu'):
         if path.suffix == '.ckpt':
             state, settings = load_lightning(path, weights)
             config = settings | config
-        else:  # mapped, not read: nothing is allocated before the shapes are right
-            state = load_file(path) if weights == 'ema' else load_state(path.parent)['weights']
+        elif weights == 'raw':
+            state = load_state(path.parent)['weights']
+        else:
+            with safe_open(path, 'pt') as file:  # mapped, not read: nothing is allocated before the shapes are right
+                state, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            if (written := header.get('weights_sha256')) and written != checksum(state):
+                raise ValueError('it is damaged: the weights are not those that were written')
         state = {WRAPPERS.sub('', name): w for name, w in state.items() if not name.endswith('inv_freq')}
         info = config if 'objective' in config else infer_info(config, state, where)
+        check_info(info, state)
         with torch.device('meta'):           # no memory, no random numbers: the weights come from the file
             model = DiT(DiTConfig(**info['model']))
         want, have = ({name: list(w.shape) for name, w in s.items()} for s in (model.state_dict(), state))

@@ -87,6 +87,15 @@ def same_tokenizer(meta, other):
     return all(meta.get(key) == other.get(key) for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size'))
 
 
+def check_meta(meta):
+    """ValueError if meta, or the data of a config.json, numbers its words as no tokenizer of mine does."""
+    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id'], meta['pad_id'] or 0]
+    if set(map(type, [K, *ids])) != {int} or not 0 <= min(ids) <= max(ids) < K < 2**20:
+        raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {K!r:.40} words')
+    if {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), K) != K:
+        raise ValueError(f'{meta["tokenizer"]} has not {K} words')
+
+
 def load_data(folder):
     """-> meta, {'train': stream, 'val': stream}, memory-mapped and checked against meta. A stream is what num_rows and
     get_rows take: tokens, uint16 or uint32; and where each document begins, int64, or None of a packed set."""
@@ -97,14 +106,17 @@ def load_data(folder):
                     'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'):
             if key not in meta:
                 raise ValueError(f'meta.json lacks {key}')
+        check_meta(meta)
         if meta['dtype'] not in ('uint16', 'uint32'):
-            raise ValueError(f'its dtype is {meta["dtype"]}, I read uint16 and uint32')
+            raise ValueError(f'its dtype is {meta["dtype"]!r:.40}, I read uint16 and uint32')
         for split in ('train', 'val'):
             starts, tokens = None, np.empty(0, meta['dtype'])
             if meta[f'{split}_tokens'] or split == 'val':  # a zero-shot set has nothing to train on
                 tokens = np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r')
             if len(tokens) != meta[f'{split}_tokens']:
-                raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {meta[f"{split}_tokens"]}')
+                raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {meta[f"{split}_tokens"]!r:.40}')
+            if type(size := meta[f'{split}_bytes']) is not int or size < (split == 'val'):
+                raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
             if meta['pad_id'] is not None:
                 starts = np.memmap(folder / f'{split}.idx', dtype=np.uint64, mode='r').view(np.int64)
                 if starts[-1] != len(tokens):

@@ -448,12 +448,12 @@ def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, g
     (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all mask_id for a
     masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt. With settle (nats) words
     stay by confidence (see commit), and it is over when all of them are that sure."""
-    linear, given, h = model.output_layer.linear, xt, None
+    linear, given, changed = model.output_layer.linear, xt, True
     steps = zip(alphas, [*alphas[1:], 1.0], [*kappas, 1.0])
     for i, (alpha_t, alpha_s, kappa) in enumerate(steps):
         if mask_id is None:
             h = model.hidden(xt, -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device)))
-        elif h is None or changed:               # told no time, the network would only repeat itself on the same words
+        elif changed:                            # told no time, the network would only repeat itself on the same words
             h = model.hidden(xt, torch.zeros(xt.size(0), device=xt.device))
         flat_h, flat = flatten_tokens(h, xt)
         xs, entropy = torch.empty_like(flat), torch.zeros(flat.shape, device=flat.device)

@@ -331,7 +331,7 @@ if __name__ == '__main__':
             with open(log_path) as f:
                 lines = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] <= step]
             write_whole(log_path, lambda path: Path(path).write_text(''.join(lines)))
-        log_file = open(os.devnull if leaves_nothing else log_path, 'a', buffering=1)
+        log_file = open(os.devnull if leaves_nothing else log_path, 'a' if init_from == 'resume' else 'w', buffering=1)
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {device} {dtype}, '
               f'{n_train:,} rows of {block_size} ({meta["tokenizer"]}, {vocab_size} words)')
         if wandb_log:
@@ -392,17 +392,17 @@ if __name__ == '__main__':
     began, logged, start, val_loss = ticked - elapsed, step, step, None
     times, looping, last_step = [], True, min(max_iters, step + 3) if dry_run else max_iters
     while True:
-        stop, done, paused = agree(stop), step >= last_step, time.time()
+        halt, done, paused = agree(stop), step >= last_step, time.time()  # a later signal waits for the next step
         due = step > start and (step % eval_interval == 0 or checkpoint_interval and step % checkpoint_interval == 0
                                 or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
-        if not dry_run and (done and not stop or eval_only or step > start and step % eval_interval == 0):
+        if not dry_run and (done and not halt or eval_only or step > start and step % eval_interval == 0):
             val_loss = validate()
             best = min(best, val_loss)
-        if master and not leaves_nothing and (due or done or stop):
+        if master and not leaves_nothing and (due or done or halt):
             write_checkpoint()
             saved = time.time()
         ticked += time.time() - paused
-        if done or eval_only or stop:
+        if done or eval_only or halt:
             break
 
         if teacher and step % dcd_round_iters == 0:                      # a round begins
@@ -468,19 +468,21 @@ if __name__ == '__main__':
             ticked, logged = time.time(), step
 
     # ---- show what it has learnt
+    looping = False
     progress.close()
     if dry_run and master:
         seconds = (times[-1] - times[0]) / max(1, len(times) - 1)
         memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
                   1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         tokens, hours = max_iters * tokens_per_step, max_iters * seconds / 3600
-        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about {hours:.1f}'
-              f' hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} epochs, ' +
+        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about '
+              f'{hours:.1f} hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} '
+              'epochs, ' +
               (f'a price of about {hours * price_per_hour:,.2f}' if price_per_hour else 'a price if --price_per_hour'))
-    if stop and master:
-        print(f'{signal.Signals(stop).name}: stopped after step {step}' + (
+    if halt and master:
+        print(f'{signal.Signals(halt).name}: stopped after step {step}' + (
             '' if leaves_nothing else f'; the same command and --init_from=resume goes on from {out_dir}'))
-    if master and not (leaves_nothing or stop):
+    if master and not (leaves_nothing or halt):
         subprocess.run([sys.executable, os.path.join(here, 'plot.py'), out_dir])
         write_card(out_dir, chosen, sys.argv[1:], world)
         tokenizer = load_tokenizer(meta, folder)
@@ -494,4 +496,4 @@ if __name__ == '__main__':
             print('-' * 80, tokenizer.decode(ids), sep='\n')
     if ddp:
         dist.destroy_process_group()
-    sys.exit(128 + stop if stop else 0)
+    sys.exit(128 + halt if halt else 0)

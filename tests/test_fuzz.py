@@ -1,0 +1,342 @@
+"""Damaged and hostile input, a few hundred cases; FUZZ_CASES=10000 for many. Each gives what can be used, or ends in
+one line: no other exception, no hang, no code run, no great allocation."""
+import io
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import sample
+import train
+from checkpoint import STATE, load_model, load_state, save
+from configurator import configure
+from data import check_tokens, get_rows, load_data, load_tokenizer, num_rows
+from helpers import ROOT, equal
+from model import DiT, DiTConfig
+from prepare import prepare
+
+CASES = int(os.environ.get('FUZZ_CASES', 400))
+fuzz = lambda share: settings(derandomize=True, database=None, deadline=None, max_examples=round(CASES * share),
+                              suppress_health_check=list(HealthCheck))
+flat = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(
+    [0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 1e30, 'bytes', 'bpe', 'uint16', 'duo', 'ar', 'mdlm', '\n'])
+value = st.recursive(flat, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+
+
+class Late(BaseException):
+    """No `except Exception` swallows it."""
+
+
+def late(*_):
+    raise Late
+
+
+@contextmanager
+def one_line_or_fine():
+    """Let the block end, or end in one line; not late, and without memory worth speaking of."""
+    before, old = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        yield
+    except SystemExit as end:
+        assert end.code == 0 or isinstance(end.code, str) and len(end.code.splitlines()) == 1, repr(end.code)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300e3, 'it took hundreds of megabytes'
+
+
+@st.composite
+def damaged(draw, raw):
+    """raw with some bytes changed, cut off, left out or put in: at the ends, where the headers are, and inside."""
+    for _ in range(draw(st.integers(1, 3))):
+        n = len(raw)
+        at = draw(st.integers(0, n) | st.integers(0, min(n, 2999)) | st.integers(max(0, n - 999), n))
+        new = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b'\0' * 8, b'\xff' * 8, b'9' * 8, b'9' * 30]))
+        kind = draw(st.sampled_from(['flip', 'flip', 'write', 'cut', 'leave out', 'put in']))
+        if kind == 'flip' and at < n:
+            new = bytes([raw[at] ^ 1 << draw(st.integers(0, 7))])
+        end = n if kind == 'cut' else at if kind == 'put in' else at + len(new)
+        raw = raw[:at] + (b'' if kind in ('cut', 'leave out') else new) + raw[end:]
+    return raw
+
+
+@st.composite
+def altered(draw, tree):
+    """A JSON-able tree with a value or two changed, anywhere, or left out; as the text of a file."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.integers(1, 2))):
+        node = tree
+        key = draw(st.sampled_from(sorted(node)))
+        while isinstance(node[key], dict) and node[key] and draw(st.integers(0, 3)):
+            node = node[key]
+            key = draw(st.sampled_from(sorted(node)))
+        if draw(st.integers(0, 4)):
+            node[key] = draw(value)
+        else:
+            del node[key]
+        if not tree:
+            break
+    return json.dumps(tree).encode()
+
+
+def write(path, raw):
+    path.unlink(missing_ok=True)  # another file: the old one may be mapped
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    """data/{bytes,bpe}, two small data sets, and out/, a small model with two checkpoints."""
+    home = tmp_path_factory.mktemp('fuzz')
+    (home / 'a.txt').write_text('\n\n'.join(f'This is line {i} of a text.' for i in range(99)))
+    for name in ('bytes', 'bpe'):
+        prepare([str(home / 'a.txt')], name, name, data_dir=str(home / 'data'))
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(256, 16, 1, 2, 16, 8))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1)).sum().backward()
+    optimizer.step()
+    meta = load_data(home / 'data/bytes')[0]
+    info = dict(objective='duo', model=asdict(model.config), data=meta, settings={'dataset': 'bytes'}, val_loss=1.5)
+    (home / 'out').mkdir()
+    for step in (4, 5):
+        save(home / 'out', info | dict(step=step, weights=model.state_dict(), ema=model.state_dict(), teacher=None,
+             optimizer=optimizer.state_dict(), scaler={}, best=2.5, seconds=1.0, skipped=0, fingerprint='f'),
+             model, info, home / 'data/bytes')
+    return home
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@contextmanager
+def restored(folder, whole):
+    """Afterwards the folder is as it was."""
+    try:
+        yield
+    finally:
+        for name, raw in whole.items():
+            write(folder / name, raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+GLOBALS = {name: v for name, v in vars(train).items() if type(v) in (int, float, bool, str)}
+names = st.sampled_from([name for name in GLOBALS if name[0] != '_']) | st.from_regex(r'\A[a-z_]{1,9}\Z')
+words = flat.map(str) | st.text(max_size=8) | st.sampled_from(['1e6', 'True', 'nan', '-', '--', '--help', '9' * 5000])
+given_so = st.builds('--{}={}'.format, names, words)
+
+
+def configured(args):
+    with one_line_or_fine():
+        got = configure(GLOBALS, args)
+        assert {k: type(v) for k, v in got.items()} == {k: type(v) for k, v in GLOBALS.items() if k[0] != '_'}
+
+
+@fuzz(0.15)
+@given(st.lists(given_so | given_so | given_so | names.map('--{}'.format) | words, max_size=3))
+def test_arguments(args):
+    configured(args)
+
+
+@fuzz(0.15)
+@given(st.lists(st.builds('{} = {}'.format, names, flat.map(repr) | names | words), max_size=4).map('\n'.join)
+       .map(lambda text: text.encode('utf-8', 'surrogatepass')) | damaged((ROOT / 'config/stdlib_gpu.py').read_bytes()))
+def test_override_files(home, raw):
+    write(home / 'o.py', raw)
+    configured([str(home / 'o.py')])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+def use_data(folder):
+    """What train.py does with a data set."""
+    with one_line_or_fine():
+        meta, data = load_data(folder)
+        K = meta['vocab_size']
+        check_tokens(data, K, folder)
+        for split, tokens in data.items():
+            rows = get_rows(tokens, [0, num_rows(tokens, 16) - 1], 16, meta)
+            assert 0 <= rows.min() and rows.max() < K
+            assert math.isfinite(meta[f'{split}_tokens'] / meta[f'{split}_bytes'])
+        encode, decode, *_ = load_tokenizer(meta, folder)
+        assert type(decode(np.arange(K))) is str and max(encode('line')) < K
+
+
+@pytest.mark.parametrize('name', ['bytes', 'bpe'])
+def test_meta(home, name):
+    folder = home / 'data' / name
+    whole = files(folder)
+
+    @fuzz(0.1)
+    @given(altered(json.loads(whole['meta.json'])) | damaged(whole['meta.json']))
+    def check(raw):
+        write(folder / 'meta.json', raw)
+        use_data(folder)
+
+    with restored(folder, whole):
+        check()
+
+
+def test_token_files(home):
+    folder = home / 'data/bpe'
+    whole = files(folder)
+
+    @fuzz(0.1)
+    @given(st.data(), st.sampled_from(['train.bin', 'val.bin', 'tokenizer.json']))
+    def check(data, name):
+        raw = data.draw(damaged(whole[name]))
+        meta = json.loads(whole['meta.json'])
+        if name != 'tokenizer.json' and data.draw(st.booleans()):
+            meta[f'{name[:-4]}_tokens'] = len(raw) // 2          # so that the words themselves are looked at
+        write(folder / name, raw)
+        write(folder / 'meta.json', json.dumps(meta).encode())
+        with restored(folder, whole):
+            use_data(folder)
+
+    check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def test_last_pt(home):
+    """Damage is seen, whatever it is: the state is bit for bit this one, or the one before, or there is a line."""
+    out = home / 'out'
+    whole, states = files(out), [torch.load(out / f'step-{step:08}.pt') for step in (4, 5)]
+
+    @fuzz(0.1)
+    @given(damaged(whole['last.pt']), st.booleans())
+    def check(raw, alone):
+        write(out / 'last.pt', raw)
+        write(out / 'step-00000005.pt', raw)
+        if alone:
+            (out / 'step-00000004.pt').unlink(missing_ok=True)
+        with restored(out, whole):
+            got = None
+            with one_line_or_fine():
+                got = load_state(str(out))
+            assert any(equal(got, state) for state in states[alone:]) or got is None and alone
+
+    check()
+
+
+def zipped(whole, pickled):
+    """A checkpoint with another pickle in it, its checksums right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith('data.pkl') else old.read(name))
+    return buffer.getvalue()
+
+
+def test_the_pickle_in_last_pt(home, tmp_path):
+    whole = (home / 'out/last.pt').read_bytes()
+    with zipfile.ZipFile(home / 'out/last.pt') as file:
+        inside = file.read(next(name for name in file.namelist() if name.endswith('data.pkl')))
+
+    @fuzz(0.1)
+    @given(damaged(inside))
+    def check(raw):
+        write(tmp_path / 'last.pt', zipped(whole, raw))
+        with one_line_or_fine():
+            state = load_state(str(tmp_path))
+            assert all(isinstance(state[key], kind) for key, kind in STATE.items())
+
+    write(tmp_path / 'last.pt', zipped(whole, inside))
+    assert equal(load_state(str(tmp_path)), load_state(str(home / 'out')))
+    check()
+
+
+@pytest.mark.parametrize('bomb', [b'cos\nsystem\n(S"touch ran"\ntR.', b'cbuiltins\nexec\n(S"open(\'ran\', \'w\')"\ntR.',
+                                  b'\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x09touch ran\x85R.',
+                                  b'cdefused\nThing\n)R.', b'ctransformers.defused\nThing\n)R.',
+                                  b'cos\nsystem\nq\x00}q\x01X\x01\x00\x00\x00ah\x00(X\x09\x00\x00\x00touch rantRs.'])
+def test_a_bomb_is_refused_not_run(home, tmp_path, monkeypatch, bomb):
+    """As a bare pickle and as one in torch's zip; by a system call, or by a module that merely gets imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path('defused.py').write_text('open("ran", "w")\nThing = dict')
+    whole = (home / 'out/last.pt').read_bytes()
+    for raw in (bomb, b'\x80\x02' + bomb, zipped(whole, bomb), zipped(whole, b'\x80\x02' + bomb)):
+        for name in ('last.pt', 'step-00000007.pt', 'model.ckpt', 'model.safetensors'):
+            folder = tmp_path / 'bombs'
+            folder.mkdir()
+            write(folder / name, raw)
+            with pytest.raises(SystemExit) as end:
+                load_state(str(folder)) if name.endswith('.pt') else load_model(str(folder))
+            assert len(end.value.code.splitlines()) == 1 and str(folder) in end.value.code
+            assert not Path('ran').exists()
+            shutil.rmtree(folder)
+    if b'transformers' not in bomb:  # or this would test nothing
+        pickle.loads(bomb)
+        assert Path('ran').exists()
+
+
+def test_a_state_of_wrong_kinds(home, tmp_path):
+    state = torch.load(home / 'out/last.pt')
+    for key in STATE:
+        for change in ({k: v for k, v in state.items() if k != key}, state | {key: [1]}, [state], 7):
+            torch.save(change, tmp_path / 'last.pt')
+            with pytest.raises(SystemExit, match=f'has no {key}' if isinstance(change, dict) else 'last.pt'):
+                load_state(str(tmp_path))
+
+
+def use_model(folder):
+    """What sample.py and eval.py do with a model."""
+    with one_line_or_fine():
+        loaded = model, tokenizer, info = sample.load(str(folder))
+        (text,) = sample.generate(loaded, 'a', length=8, steps=2)
+        assert type(text) is str and (info['settings'] == {} or type(info['settings']['dataset']) is str)
+        return model
+
+
+def test_weights(home):
+    out = home / 'out'
+    whole, weights = files(out), load_model(str(out))[0].state_dict()
+    with safe_open(out / 'model.safetensors', 'pt') as file:
+        told = f'"weights_sha256":"{file.metadata()["weights_sha256"]}"'.encode()
+
+    @fuzz(0.1)
+    @given(damaged(whole['model.safetensors']))
+    def check(raw):
+        write(out / 'model.safetensors', raw)
+        model = use_model(out)
+        assert model is None or told not in raw or equal(dict(model.state_dict()), dict(weights))
+
+    with restored(out, whole):
+        check()
+
+
+def test_config(home):
+    out = home / 'out'
+    whole = files(out)
+
+    @fuzz(0.1)
+    @given(altered(json.loads(whole['config.json'])) | damaged(whole['config.json']))
+    def check(raw):
+        write(out / 'config.json', raw)
+        use_model(out)
+
+    with restored(out, whole):
+        check()
