@@ -1,9 +1,12 @@
 """
 Token files and tokenizers: what prepare.py writes, and train.py, sample.py and eval.py read.
 
-A data set is a folder: train.bin and val.bin (a flat uint16 stream, every document ended by eos), meta.json
-(the tokenizer, its size, its special ids, the counts) and, for a BPE of our own, tokenizer.json.
+A data set is a folder: train.bin and val.bin, flat streams of uint16 (uint32 for more than 65,535 words), meta.json
+(the tokenizer, its size, its special ids, the counts) and, for a tokenizer that has a file, tokenizer.json. Packed,
+every document is ended by eos (save in the zero-shot sets), and rows are cut anywhere. Padded (pad_id is a number),
+every document is a row, and train.idx and val.idx say where it begins: uint64, one more of them than documents.
 """
+import base64
 import functools
 import hashlib
 import json
@@ -13,48 +16,73 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-# A byte-level BPE joins nothing across a newline that stands between two words, so I hand it lines: the very
-# same tokens, where a book in one piece costs `tokenizers` several times the time, and gigabytes.
+# A byte-level BPE joins nothing across a newline that stands between two words, nor does WordPiece, so I hand them
+# lines: the very same tokens, where a book in one piece costs `tokenizers` several times the time, and gigabytes.
 LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
 
 
 class Tokenizer(NamedTuple):
     encode: Callable  # text -> list of ids, no special ones added
     decode: Callable  # list or 1-d array of ids -> text, never an error: eos is a blank line, broken bytes are U+FFFD
+    array: Callable   # text -> the ids as an array, or whatever makes one soonest
 
 
 def load_tokenizer(meta, folder):
     """The Tokenizer that meta names; folder is where its tokenizer.json lies, if it has one."""
-    name, eos = meta['tokenizer'], meta['eos_id']
+    name, eos, path = meta['tokenizer'], meta['eos_id'], Path(folder, 'tokenizer.json')
+    unseen, array = {meta.get('bos_id'), eos, meta.get('pad_id')}, None
     try:
+        if (digest := meta.get('tokenizer_sha256')) and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError('it is not the one that these tokens were made with')
         if name == 'bytes':
             encode = lambda text: list(text.encode())
             decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
-        elif name == 'bpe':
+        elif name == 'char':
+            characters = json.loads(path.read_text(encoding='utf-8'))
+            number = {c: i for i, c in enumerate(characters)}
+            decode = lambda ids: ''.join(characters[i] for i in ids)
+
+            def encode(text):
+                ids = [number.get(c, number.get('\ufffd')) for c in text]
+                if None in ids:
+                    raise SystemExit(f'{text[ids.index(None)]!r} is none of the {len(number)} characters this data has')
+                return ids
+        elif name in ('bpe', 'bert', 'json'):
             import tokenizers
-            bpe = tokenizers.Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
-            bpe.encode_special_tokens = True  # an <|endoftext|> that stands in a text is text
-            encode = lambda text: [i for line in LINE_ENDS.split(text) for i in bpe.encode(line).ids]
-            decode = bpe.decode
-        elif name == 'gpt2':
+            words = tokenizers.Tokenizer.from_file(str(path))
+            words.encode_special_tokens = True  # an <|endoftext|> that stands in a text is text
+            words.no_truncation()
+            words.no_padding()
+            ids_of = lambda text: words.encode(text, add_special_tokens=False).ids
+            encode = ids_of if name == 'json' else lambda text: [i for s in LINE_ENDS.split(text) for i in ids_of(s)]
+            decode = lambda ids: words.decode(ids, skip_special_tokens=False)
+        elif name in ('gpt2', 'tiktoken'):
             import tiktoken
-            gpt2 = tiktoken.get_encoding('gpt2')
-            encode, decode = gpt2.encode_ordinary, gpt2.decode
+            if name == 'gpt2':
+                words = tiktoken.get_encoding('gpt2')
+            else:
+                parts = json.loads(path.read_text(encoding='utf-8'))
+                ranks = {base64.b64decode(word): i for word, i in parts.pop('mergeable_ranks').items()}
+                words = tiktoken.Encoding(path.parent.name, mergeable_ranks=ranks, **parts)
+                unseen |= set(range(words.n_vocab)) - set(ranks.values()) - set(parts['special_tokens'].values())
+            encode, decode = words.encode_ordinary, words.decode
+            array = lambda text: words.encode_to_numpy(text, disallowed_special=())
         else:
-            raise SystemExit(f'unknown tokenizer {name!r}: I know bytes, bpe and gpt2')
+            raise SystemExit(f'unknown tokenizer {name!r}: I know bytes, char, bpe, gpt2, bert, json and tiktoken')
+        decode([meta.get('vocab_size', 1) - 1])  # a tokenizer of fewer words fails here, not in the middle of a text
     except ImportError as error:
         raise SystemExit(f'the {name} tokenizer needs a package: pip install {error.name}')
     except Exception as error:  # `tokenizers` raises nothing finer, and a download fails in a dozen ways
-        raise SystemExit(f'{folder}/tokenizer.json cannot be read ({error}): prepare the data again' if name == 'bpe'
-                         else f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go online once, or '
-                         'set TIKTOKEN_CACHE_DIR to a folder that has it')
+        raise SystemExit(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go online once, or set '
+                         'TIKTOKEN_CACHE_DIR to a folder that has it' if name == 'gpt2'
+                         else f'{path} cannot be read ({" ".join(str(error).split())}): prepare the data again')
 
     def decode_documents(ids):
         ids = np.asarray(ids)
         documents = np.split(ids, np.flatnonzero(ids == eos))  # all but the first start with their eos
-        return '\n\n'.join(decode([i for i in document.tolist() if i != eos]) for document in documents)
+        return '\n\n'.join(decode([i for i in document.tolist() if i not in unseen]) for document in documents)
 
-    return Tokenizer(encode, decode_documents)
+    return Tokenizer(encode, decode_documents, array or encode)
 
 
 def same_tokenizer(meta, other):
@@ -64,31 +92,39 @@ def same_tokenizer(meta, other):
 
 def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its words as no tokenizer of mine does."""
-    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id']]
+    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id'], meta['pad_id'] or 0]
     if set(map(type, [K, *ids])) != {int} or not 0 <= min(ids) <= max(ids) < K < 2**20:
-        raise ValueError(f'bos_id and eos_id cannot be {ids!r:.40} of {K!r:.40} words')
+        raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {K!r:.40} words')
     if {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), K) != K:
         raise ValueError(f'{meta["tokenizer"]} has not {K} words')
 
 
 def load_data(folder):
-    """-> meta, {'train': tokens, 'val': tokens}: the two streams, uint16, memory-mapped and checked against meta."""
+    """-> meta, {'train': stream, 'val': stream}, memory-mapped and checked against meta. A stream is what num_rows and
+    get_rows take: tokens, uint16 or uint32; and where each document begins, int64, or None of a packed set."""
     folder, data = Path(folder), {}
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size', 'bos_id', 'eos_id', 'dtype', 'train_tokens',
-                    'val_tokens', 'train_bytes', 'val_bytes'):
+        for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size', 'bos_id', 'eos_id', 'pad_id', 'dtype',
+                    'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'):
             if key not in meta:
                 raise ValueError(f'meta.json lacks {key}')
         check_meta(meta)
-        if meta['dtype'] != 'uint16':
-            raise ValueError(f'its dtype is {meta["dtype"]!r:.40}, I read uint16')
+        if meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError(f'its dtype is {meta["dtype"]!r:.40}, I read uint16 and uint32')
         for split in ('train', 'val'):
-            data[split] = np.memmap(folder / f'{split}.bin', dtype=np.uint16, mode='r')
-            if len(data[split]) != meta[f'{split}_tokens']:
-                raise ValueError(f'{split}.bin holds {len(data[split])} tokens, not {meta[f"{split}_tokens"]!r:.40}')
-            if type(size := meta[f'{split}_bytes']) is not int or size < 1:
+            starts, tokens = None, np.empty(0, meta['dtype'])
+            if meta[f'{split}_tokens'] or split == 'val':  # a zero-shot set has nothing to train on
+                tokens = np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r')
+            if len(tokens) != meta[f'{split}_tokens']:
+                raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {meta[f"{split}_tokens"]!r:.40}')
+            if type(size := meta[f'{split}_bytes']) is not int or size < (len(tokens) > 0):
                 raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
+            if meta['pad_id'] is not None:
+                starts = np.memmap(folder / f'{split}.idx', dtype=np.uint64, mode='r').view(np.int64)
+                if starts[0] or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
+                    raise ValueError(f'{split}.idx does not divide the {len(tokens)} tokens of {split}.bin')
+            data[split] = tokens, starts
     except (OSError, ValueError, TypeError) as error:
         known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4'}  # a recipe's, of another set
         raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
@@ -99,7 +135,7 @@ def load_data(folder):
 
 def check_tokens(data, vocab_size, folder):
     """Ends in one line if a stream holds a word that the tokenizer has not. Reads all of it, gigabytes a second."""
-    for split, tokens in data.items():
+    for split, (tokens, _) in data.items():
         most = max((int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26)), default=0)
         if most >= vocab_size:
             raise SystemExit(f'{folder}/{split}.bin holds token {most} of {vocab_size} words: prepare it again')
@@ -108,28 +144,51 @@ def check_tokens(data, vocab_size, folder):
 def fingerprint(data):
     """A checksum of the streams' lengths and of a thousand places in each: rewritten data will not have it."""
     digest = hashlib.sha256()
-    for tokens in data.values():
-        digest.update(str(len(tokens)).encode())
-        for at in np.linspace(0, max(0, len(tokens) - 512), 1000).astype(np.int64):
-            digest.update(np.ascontiguousarray(tokens[at:at + 512]))
+    for part in (part for stream in data.values() for part in stream if part is not None):
+        digest.update(str(len(part)).encode())
+        for at in np.linspace(0, max(0, len(part) - 512), 1000).astype(np.int64):
+            digest.update(np.ascontiguousarray(part[at:at + 512]))
     return digest.hexdigest()
 
 
-def num_rows(tokens, block_size):
-    """How many rows a stream gives; each takes block_size - 2 of its tokens, the remainder is dropped."""
-    if not 0 < block_size - 2 <= len(tokens):
+def num_rows(stream, block_size):
+    """How many rows a stream gives. A padded one: its documents; a packed one: each row takes block_size - 2 of its
+    tokens, the remainder is dropped."""
+    tokens, starts = stream
+    if not 0 < block_size - 2 <= (len(tokens) if starts is None else block_size * (len(starts) > 1)):
         raise SystemExit(f'{len(tokens)} tokens fill no row: block_size = {block_size} takes {block_size - 2} of them. '
                          'Change it, or prepare more text or, for validation, with a larger --val_fraction')
-    return len(tokens) // (block_size - 2)
+    return len(tokens) // (block_size - 2) if starts is None else len(starts) - 1
 
 
-def get_rows(tokens, rows, block_size, meta):
-    """-> int64 (len(rows), T), T = block_size: row r is bos, tokens[r * (T - 2) : (r + 1) * (T - 2)], eos."""
+def spans(stream, rows, block_size):
+    """Where the words of rows stand in their stream, bos and eos not counted: begin, length, int64 (len(rows),)."""
+    tokens, starts = stream
     rows, n = np.asarray(rows), block_size - 2
-    out = np.empty((len(rows), block_size), dtype=np.int64)
-    out[:, 0], out[:, -1] = meta['bos_id'], meta['eos_id']
-    out[:, 1:-1] = tokens[rows[:, None] * n + np.arange(n)]
+    return (rows * n, np.full_like(rows, n)) if starts is None else (
+        starts[rows], np.minimum(starts[rows + 1] - starts[rows], n))
+
+
+def get_rows(stream, rows, block_size, meta):
+    """-> int64 (len(rows), T), T = block_size: bos, the row's words, eos. A packed row has T - 2 words; a padded one at
+    most, and pads behind its eos."""
+    begin, length = (v[:, None] for v in spans(stream, rows, block_size))  # (rows, 1)
+    place = np.arange(block_size) - 1                                      # (T,): bos stands before the first word
+    out = np.where(place < length, meta['bos_id'], meta['eos_id'])
+    out[place > length] = meta['pad_id'] or 0                              # nowhere in a packed row
+    words = (place >= 0) & (place < length)
+    out[words] = stream[0][(begin + place)[words]]
     return out
+
+
+def words_per_row(stream, rows, block_size):
+    """How many words of text a row holds, on average: bits per byte are of these."""
+    return spans(stream, rows, block_size)[1].mean().item()
+
+
+def loss_mask(x0, pad_id):
+    """(B,T) 1 where a token is scored, 0 where it pads; None where nothing does. x0 (B,T)."""
+    return None if pad_id is None else (x0 != pad_id).float()
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

@@ -300,20 +300,26 @@ def token_nll(model, x0, t, vocab_size, objective='duo', loss_fn=nelbo):
 
 
 @torch.no_grad()
-def evaluate(nll, get_rows, n, batch_size, device='cpu', rank=0, world=1):
+def evaluate(nll, get_rows, n, batch_size, device='cpu', rank=0, world=1, pad_id=None):
     """Negative log-likelihood per token of each of n rows, nats, (n,) float64 on the CPU: stratified times over [0,1]
     and noise that are the same on every call. nll(x0 (B,T), t (B,1)) -> (B,T); get_rows(numbers) -> x0 on the device.
-    The ranks share the batches, and all get the whole."""
-    each = torch.zeros(n, dtype=torch.float64, device=wide(device))
+    The ranks share the batches, and all get the whole. Tokens that are pad_id are not scored; rows with such are given
+    linearised: the mean of what returns is all losses over all scored tokens, and its error is that of this ratio."""
+    each = torch.zeros(2, n, dtype=torch.float64, device=wide(device))               # mean losses, scored tokens
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         torch.manual_seed(first)
         t = stratified_times(0.5, first, count, n, device=device)
-        each[first:first + count] = nll(x0, t).mean(-1).to(each.device)
+        losses = nll(x0, t)
+        scored = torch.ones_like(losses) if pad_id is None else (x0 != pad_id)[:, -losses.size(1):].to(losses)
+        mean = (losses * scored).sum(-1) / scored.sum(-1)
+        each[:, first:first + count] = torch.stack([mean, scored.sum(-1)]).to(each)
     if world > 1:
         torch.distributed.all_reduce(each)
-    return each.cpu()
+    mean, scored = each.cpu()
+    share = scored / scored.mean()                                                   # one, where nothing is padded
+    return share * mean + (1 - share) * (share * mean).mean()
 
 
 def mean_and_error(each):
@@ -442,12 +448,12 @@ def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, g
     (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all mask_id for a
     masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt. With settle (nats) words
     stay by confidence (see commit), and it is over when all of them are that sure."""
-    linear, given, h = model.output_layer.linear, xt, None
+    linear, given, changed = model.output_layer.linear, xt, True
     steps = zip(alphas, [*alphas[1:], 1.0], [*kappas, 1.0])
     for i, (alpha_t, alpha_s, kappa) in enumerate(steps):
         if mask_id is None:
             h = model.hidden(xt, -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device)))
-        elif h is None or changed:               # told no time, the network would only repeat itself on the same words
+        elif changed:                            # told no time, the network would only repeat itself on the same words
             h = model.hidden(xt, torch.zeros(xt.size(0), device=xt.device))
         flat_h, flat = flatten_tokens(h, xt)
         xs, entropy = torch.empty_like(flat), torch.zeros(flat.shape, device=flat.device)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import configure
-from data import get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
+from data import get_rows, load_data, load_tokenizer, num_rows, same_tokenizer, words_per_row
 from diffusion import (alpha_linear, blank, check_sampler, cross_entropy, evaluate, loss_of, mean_and_error,
                        reverse_process, token_nll)
 
@@ -85,12 +85,13 @@ def likelihood(model, info, device, autocast, rank=0, world=1):
     fetch = lambda i: torch.from_numpy(get_rows(tokens[split], rows[order[list(i)] % len(rows)], T, meta)).to(device)
     nats = lambda x0, t: token_nll(model, x0, t, K, objective, loss_of(objective, K))
     with autocast:
-        each = evaluate(nats, fetch, n, batch_size, device, rank, world)
+        each = evaluate(nats, fetch, n, batch_size, device, rank, world, meta['pad_id'])
     each = each[np.argsort(order)].view(times, len(rows)).mean(0)          # a row's draws are not independent: rows are
     nll, error = mean_and_error(each)
     ppl = math.exp(min(nll, 99))
-    scored = T - (objective == 'ar')                                       # AR is given the first word of a row
-    bytes_per_row = (T - 2) * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
+    words = words_per_row(tokens[split], rows, T)
+    scored = words + 2 - (objective == 'ar')                               # AR is given the first word of a row
+    bytes_per_row = words * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
     result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows),
                   draws=times, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=ppl,
                   ppl_error=ppl * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))

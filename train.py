@@ -33,7 +33,8 @@ from tqdm import tqdm
 from checkpoint import (has_state, load_model, load_state, pick_device, pick_dtype, save, write_card,
                         write_whole)
 from configurator import configure
-from data import check_tokens, epoch_rows, fingerprint, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
+from data import (check_tokens, epoch_rows, fingerprint, get_rows, load_data, load_tokenizer, loss_mask, num_rows,
+                  same_tokenizer, words_per_row)
 from diffusion import (alpha_linear, blank, corrupt, coupled_pair, evaluate, head_loss, loss_of, mean_and_error,
                        nelbo, reverse_process, soft_tokens, stratified_times, teacher_kl, token_nll, transform)
 from model import DiT, DiTConfig
@@ -143,7 +144,7 @@ def training_loss(model, x0, u, step, vocab_size, mask=None, grad_scale=1.0, los
     return model(x, sigma, weights, head=head)
 
 
-def distillation_loss(model, teacher, x0, u, step, vocab_size, grad_scale=1.0, loss_fn=teacher_kl):
+def distillation_loss(model, teacher, x0, u, step, vocab_size, mask=None, grad_scale=1.0, loss_fn=teacher_kl):
     """Discrete consistency distillation (Algorithm 1), a scalar: the student, at a noisy zt, is to say what the teacher
     says at a slightly cleaner zs of the same Gaussian path. Their distance delta doubles every round."""
     # 1. NOISE: one path at two times
@@ -158,7 +159,7 @@ def distillation_loss(model, teacher, x0, u, step, vocab_size, grad_scale=1.0, l
     # 3. LOSS: both heads, a few tokens at a time
     last = teacher.output_layer.linear
     loss_fn = partial(loss_fn, weight=last.weight, bias=last.bias)
-    return model(zt, sigma_t, head=partial(head_loss, loss_fn=loss_fn, args=(h,), grad_scale=grad_scale))
+    return model(zt, sigma_t, head=partial(head_loss, loss_fn=loss_fn, args=(h,), mask=mask, grad_scale=grad_scale))
 
 
 def seed_from(*numbers):
@@ -359,12 +360,14 @@ if __name__ == '__main__':
         rows = epoch_rows(np.arange(n), n_val, seed=0)                   # always the same ones
         nats = lambda x0, t: token_nll(ema, x0, t, vocab_size, kind, loss_fn)
         with autocast:
-            each = evaluate(nats, lambda i: get_batch('val', rows[i]), n, batch_size, device, rank, world)
+            each = evaluate(nats, lambda i: get_batch('val', rows[i]), n, batch_size, device, rank, world,
+                            meta['pad_id'])
         nll, error = mean_and_error(each)
         if not math.isfinite(nll):
             raise SystemExit(f'the validation loss is {nll} at step {step}: {out_dir} keeps the last good checkpoint')
-        scored = block_size - (kind == 'ar')                             # AR is given the first word of a row
-        bpb = nll / math.log(2) * scored / (block_size - 2) * meta['val_tokens'] / meta['val_bytes']
+        words = words_per_row(data['val'], rows, block_size)
+        scored = words + 2 - (kind == 'ar')                              # AR is given the first word of a row
+        bpb = nll / math.log(2) * scored / words * meta['val_tokens'] / meta['val_bytes']
         log(f'step {step}: val loss {nll:.4f} +- {error:.4f} nats, {nll / math.log(2):.4f} bits per token, '
             f'PPL {math.exp(min(nll, 99)):.2f}, {bpb:.4f} bits per byte', step=step, val_loss=nll, val_error=error,
             val_bpd=nll / math.log(2), val_ppl=math.exp(min(nll, 99)), val_bpb=bpb, seconds=time.time() - began)
@@ -413,14 +416,15 @@ if __name__ == '__main__':
             first, n = m * batch_size, gradient_accumulation_steps * batch_size
             x0 = get_batch('train', epoch_rows(step * n + first + np.arange(batch_size), n_train, seed))
             u = stratified_times(offset, first, batch_size, n, device=device)
-            last = m + world >= gradient_accumulation_steps
+            mask, last = loss_mask(x0, meta['pad_id']), m + world >= gradient_accumulation_steps
             grad_scale = scaler.scale(one)
             with nullcontext() if last or not ddp else train_model.no_sync():
                 with autocast:
                     if teacher:
-                        loss = distillation_loss(train_model, teacher, x0, u, step, vocab_size, grad_scale, distil_fn)
+                        loss = distillation_loss(train_model, teacher, x0, u, step, vocab_size, mask, grad_scale,
+                                                 distil_fn)
                     else:
-                        loss = training_loss(train_model, x0, u, step, vocab_size, None, grad_scale, loss_fn)
+                        loss = training_loss(train_model, x0, u, step, vocab_size, mask, grad_scale, loss_fn)
                 finite = loss.detach().isfinite()
                 fine = torch.where(finite, 1.0, torch.nan)               # a bad loss spoils all ranks' gradients
                 scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()  # DDP: the mean over ranks
@@ -470,8 +474,9 @@ if __name__ == '__main__':
         memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
                   1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         tokens, hours = max_iters * tokens_per_step, max_iters * seconds / 3600
-        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about {hours:.1f}'
-              f' hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} epochs, ' +
+        print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about '
+              f'{hours:.1f} hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} '
+              'epochs, ' +
               (f'a price of about {hours * price_per_hour:,.2f}' if price_per_hour else 'a price if --price_per_hour'))
     if halt and master:
         print(f'{signal.Signals(halt).name}: stopped after step {step}' + (

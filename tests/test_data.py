@@ -68,7 +68,7 @@ def everything(folder):
 def documents(folder, split):
     """The way back: the documents of a split, decoded one by one from its token file."""
     meta, data = load_data(folder)
-    ids, decode = np.array(data[split]), load_tokenizer(meta, folder).decode
+    ids, decode = np.array(data[split][0]), load_tokenizer(meta, folder).decode
     ends = np.flatnonzero(ids == meta['eos_id'])
     assert ends[-1] == len(ids) - 1  # every document is ended by eos, the last one too
     return [decode(piece[:-1]) for piece in np.split(ids, ends + 1)[:-1]]
@@ -109,8 +109,8 @@ def test_meta_says_what_is_there(home, name):
     assert (meta['name'], meta['tokenizer'], meta['dtype']) == (name, 'bpe' if bpe else 'bytes', 'uint16')
     assert (meta['bos_id'], meta['eos_id'], meta['pad_id']) == (0, 0, None)
     assert meta['checksum'] == hashlib.sha256(b''.join((folder / f'{s}.bin').read_bytes() for s in data)).hexdigest()
-    for split, tokens in data.items():
-        assert tokens.dtype == np.uint16 and len(tokens) == meta[f'{split}_tokens'] > 0
+    for split, (tokens, starts) in data.items():
+        assert starts is None and tokens.dtype == np.uint16 and len(tokens) == meta[f'{split}_tokens'] > 0
         assert tokens.max() < meta['vocab_size']
         texts = documents(folder, split)
         assert meta[f'{split}_bytes'] == sum(len(text.encode()) + 1 for text in texts)
@@ -154,12 +154,15 @@ def test_one_file_is_cut_where_a_paragraph_begins(home):
     assert 0.05 <= len(val) / len(text) < 0.075
 
 
-def test_one_file_without_paragraphs_or_lines():
-    (train,), (val,) = prepare.split({'a': 'line\n' * 100}, 0.1)
-    assert (train, val) == ('line\n' * 90, 'line\n' * 10)
-    (train,), (val,) = prepare.split({'a': '字' * 100}, 0.25)
-    assert (train, val) == ('字' * 75, '字' * 25)
-    (train,), (val,) = prepare.split({'a': 'One.\n\n' + 'x\n' * 100}, 0.1)  # that paragraph is too far away
+def test_one_file_without_paragraphs_or_lines(tmp_path):
+    def split(text, val_fraction):
+        (tmp_path / 'a').write_text(text)
+        parts = prepare.read_files({'a': str(tmp_path / 'a')}, val_fraction, 'text')()
+        return [''.join(document) for _, document in parts]
+    assert split('line\n' * 100, 0.1) == ['line\n' * 90, 'line\n' * 10]
+    assert split('字' * 100, 0.25) == ['字' * 75, '字' * 25]
+    assert split('é' * 99, 0.26) == ['é' * 74, 'é' * 25]  # 147 bytes of 198: inside a letter, which stays whole
+    train, val = split('One.\n\n' + 'x\n' * 100, 0.1)  # that paragraph is too far away
     assert train + val == 'One.\n\n' + 'x\n' * 100 and 20 <= len(val) <= 22
 
 
@@ -182,18 +185,18 @@ def test_a_folder_gives_one_document_per_file(notes):
 @pytest.mark.parametrize('val_fraction', [1e-6, 0.5, 1 - 1e-6])
 @pytest.mark.parametrize('n', [2, 3, 20])
 def test_neither_split_is_empty(n, val_fraction):
-    docs = {f'{i}.txt': str(i) for i in range(n)}
-    train, val = prepare.split(docs, val_fraction)
-    assert train and val and sorted(train + val) == sorted(docs.values())
-    assert (train, val) == prepare.split(dict(reversed(docs.items())), val_fraction)
+    names = [f'{i}.txt' for i in range(n)]
+    val = prepare.held_out(names, val_fraction)
+    train = set(names) - val
+    assert train and val and val < set(names) and val == prepare.held_out(names[::-1], val_fraction)
     if n == 20:
         assert {1e-6: len(val) == 1, 0.5: 5 < len(val) < 15, 1 - 1e-6: len(train) == 1}[val_fraction]
 
 
 def test_a_file_that_comes_moves_no_other():
-    docs = {f'{i}.txt': str(i) for i in range(100)}
-    before, after = prepare.split(docs, 0.2)[1], prepare.split(docs | {'new.txt': 'new'}, 0.2)[1]
-    assert 10 < len(before) < 30 and [text for text in after if text != 'new'] == before
+    names = [f'{i}.txt' for i in range(100)]
+    before, after = prepare.held_out(names, 0.2), prepare.held_out(names + ['new.txt'], 0.2)
+    assert 10 < len(before) < 30 and after - {'new.txt'} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,15 +217,16 @@ def tokenizer(request, home, monkeypatch):
 
 
 def test_round_trip(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, array) = tokenizer
     for text in (HARD, play(500), '', '\n', 'é' * 3000):
         ids = encode(text)
-        assert type(ids) is list and meta['eos_id'] not in ids and all(0 <= i < meta['vocab_size'] for i in ids)
+        assert type(ids) is list and all(0 <= i < meta['vocab_size'] and i != meta['eos_id'] for i in ids)
+        assert list(array(text)) == ids
         assert decode(ids) == text == decode(np.array(ids, dtype=np.uint16))
 
 
 def test_decode_never_fails(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, _) = tokenizer
     assert decode([]) == ''
     for i in range(meta['vocab_size']):
         assert type(decode([i])) is str
@@ -236,7 +240,7 @@ def test_decode_never_fails(tokenizer):
 
 
 def test_eos_shows_as_an_empty_line(tokenizer):
-    meta, (encode, decode) = tokenizer
+    meta, (encode, decode, _) = tokenizer
     eos = [meta['eos_id']]
     assert decode(eos) == '\n\n'
     assert decode(encode('one') + eos + encode('two') + eos) == 'one\n\ntwo\n\n'
@@ -281,7 +285,8 @@ def test_gpt2(home):
     ok('play.txt', '--tokenizer', 'gpt2', '--name', 'gpt2', cwd=home, TIKTOKEN_CACHE_DIR=str(CACHE))
     meta, data = load_data(home / 'data/gpt2')
     assert (meta['vocab_size'], meta['bos_id'], meta['eos_id']) == (50257, 50256, 50256)
-    assert data['train'][-1] == 50256 and data['train'].max() == 50256
+    tokens, _ = data['train']
+    assert tokens[-1] == 50256 and tokens.max() == 50256
 
 
 def test_gpt2_out_of_reach_is_one_line(notes):
@@ -294,7 +299,7 @@ def test_gpt2_out_of_reach_is_one_line(notes):
 
 def test_tokenizer_errors(tmp_path, monkeypatch):
     meta = dict(eos_id=0)
-    stops("'bert'", load_tokenizer, meta | dict(tokenizer='bert'), tmp_path)
+    stops("'words'", load_tokenizer, meta | dict(tokenizer='words'), tmp_path)
     stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta | dict(tokenizer='bpe'), tmp_path)
     (tmp_path / 'tokenizer.json').write_text('{"half": ')
     stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta | dict(tokenizer='bpe'), tmp_path)
@@ -307,7 +312,7 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
 # rows
 
 def test_golden_rows():
-    tokens, meta = np.arange(1, 32, dtype=np.uint16), dict(bos_id=98, eos_id=99)
+    tokens, meta = (np.arange(1, 32, dtype=np.uint16), None), dict(bos_id=98, eos_id=99, pad_id=None)
     assert num_rows(tokens, 16) == 2  # 14 of its own each; 29, 30 and 31 are dropped
     rows = get_rows(tokens, [1, 0, 1], 16, meta)
     assert rows.dtype == np.int64 and rows.tolist() == [
@@ -321,14 +326,14 @@ def test_golden_rows_from_text(tmp_path):
         (tmp_path / name).write_text(text)
     ok('a.txt', 'b.txt', 'c.txt', '--tokenizer', 'bytes', cwd=tmp_path)  # sha256('a.txt') is the smallest of the three
     meta, data = load_data(tmp_path / 'data/a')
-    assert bytes(data['val'].astype(np.uint8)) == b'validates\0'
+    assert bytes(data['val'][0].astype(np.uint8)) == b'validates\0'
     assert num_rows(data['train'], 16) == 2
     rows = get_rows(data['train'], np.arange(2), 16, meta)
     assert [bytes(row.astype(np.uint8)) for row in rows] == [b'\0the quick\0brow\0', b'\0n fox jumps ov\0']  # no er\0
 
 
 def test_a_stream_shorter_than_a_row():
-    tokens = np.arange(14, dtype=np.uint16)
+    tokens = np.arange(14, dtype=np.uint16), None
     assert num_rows(tokens, 16) == 1
     stops('14 tokens fill no row: block_size = 17 takes 15', num_rows, tokens, 17)
     stops('block_size = 2 ', num_rows, tokens, 2)
@@ -417,7 +422,7 @@ def test_an_interrupt_while_writing_keeps_the_old_set(notes, monkeypatch, capsys
         seen.extend(path for path in Path('data').glob('*/*/train.bin'))
         return encode(text)
 
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: prepare.argparse.Namespace(encode=interrupted))
+    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: prepare.argparse.Namespace(array=interrupted))
     monkeypatch.setattr(sys, 'argv', ['prepare.py', 'notes', '--tokenizer', 'bytes'])
     for problem, says in ((KeyboardInterrupt(), 'stopped'), (OSError(28, 'No space left on device'), 'No space left')):
         seen.clear()
@@ -464,7 +469,7 @@ def test_broken_data_sets(home, tmp_path):
     broken('meta.json', **{'meta.json': None})
     broken('Expecting', **{'meta.json': good['meta.json'][:-20]})
     broken('lacks eos_id', **{'meta.json': wrong().replace(b'eos_id', b'eos')})
-    broken('uint32', **{'meta.json': wrong(dtype='uint32')})
+    broken('uint8,', **{'meta.json': wrong(dtype='uint8')})
     broken('argument', **{'meta.json': b'7'})
     broken(f'{meta["train_tokens"] - 1} tokens, not {meta["train_tokens"]}', **{'train.bin': good['train.bin'][:-2]})
     broken('data', **{'train.bin': good['train.bin'][:-1]})  # half a token

@@ -179,7 +179,7 @@ def use_data(folder):
             rows = get_rows(tokens, [0, num_rows(tokens, 16) - 1], 16, meta)
             assert 0 <= rows.min() and rows.max() < K
             assert math.isfinite(meta[f'{split}_tokens'] / meta[f'{split}_bytes'])
-        encode, decode = load_tokenizer(meta, folder)
+        encode, decode, *_ = load_tokenizer(meta, folder)
         assert type(decode(np.arange(K))) is str and max(encode('line')) < K
 
 

@@ -1,5 +1,4 @@
 """model.py against the authors' DiT (its weights copied in), and every recipe's model."""
-import sys
 from pathlib import Path
 
 import numpy as np
