@@ -92,7 +92,7 @@ def same_tokenizer(meta, other):
 
 def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its words as no tokenizer of mine does."""
-    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id'], meta['pad_id'] or 0]
+    K, ids = meta['vocab_size'], [meta['bos_id'], meta['eos_id']] + [meta['pad_id']] * (meta['pad_id'] is not None)
     if set(map(type, [K, *ids])) != {int} or not 0 <= min(ids) <= max(ids) < K < 2**20:
         raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {K!r:.40} words')
     if {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), K) != K:

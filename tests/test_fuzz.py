@@ -85,10 +85,12 @@ def altered(draw, tree):
         while isinstance(node[key], dict) and node[key] and draw(st.integers(0, 3)):
             node = node[key]
             key = draw(st.sampled_from(sorted(node)))
-        if draw(st.integers(0, 4)):
-            node[key] = draw(value)
-        else:
+        kind = draw(st.sampled_from(['nudge', 'change', 'change', 'lose']))
+        if kind == 'lose':
             del node[key]
+        else:
+            nudged = kind == 'nudge' and type(node[key]) is int
+            node[key] = node[key] + draw(st.integers(-2, 99)) if nudged else draw(value)
         if not tree:
             break
     return json.dumps(tree).encode()
@@ -101,11 +103,16 @@ def write(path, raw):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    """data/{bytes,bpe}, two small data sets, and out/, a small model with two checkpoints."""
+    """data/, small data sets, and out/, a small model with two checkpoints."""
     home = tmp_path_factory.mktemp('fuzz')
     (home / 'a.txt').write_text('\n\n'.join(f'This is line {i} of a text.' for i in range(99)))
-    for name in ('bytes', 'bpe'):
+    for name in ('bytes', 'char', 'bpe'):
         prepare([str(home / 'a.txt')], name, name, data_dir=str(home / 'data'))
+    padded = shutil.copytree(home / 'data/bpe', home / 'data/padded')
+    meta, data = load_data(padded)
+    for split, (tokens, _) in data.items():
+        np.array([0, 9, 9, 40, len(tokens)], np.uint64).tofile(padded / f'{split}.idx')
+    (padded / 'meta.json').write_text(json.dumps(meta | dict(pad_id=1)))
     torch.manual_seed(0)
     model = DiT(DiTConfig(256, 16, 1, 2, 16, 8))
     for p in model.parameters():
@@ -152,13 +159,13 @@ def configured(args):
         assert {k: type(v) for k, v in got.items()} == {k: type(v) for k, v in GLOBALS.items() if k[0] != '_'}
 
 
-@fuzz(0.15)
+@fuzz(0.1)
 @given(st.lists(given_so | given_so | given_so | names.map('--{}'.format) | words, max_size=3))
 def test_arguments(args):
     configured(args)
 
 
-@fuzz(0.15)
+@fuzz(0.1)
 @given(st.lists(st.builds('{} = {}'.format, names, flat.map(repr) | names | words), max_size=4).map('\n'.join)
        .map(lambda text: text.encode('utf-8', 'surrogatepass')) | damaged((ROOT / 'config/stdlib_gpu.py').read_bytes()))
 def test_override_files(home, raw):
@@ -175,20 +182,22 @@ def use_data(folder):
         meta, data = load_data(folder)
         K = meta['vocab_size']
         check_tokens(data, K, folder)
-        for split, tokens in data.items():
-            rows = get_rows(tokens, [0, num_rows(tokens, 16) - 1], 16, meta)
+        for split, stream in data.items():
+            rows = get_rows(stream, [0, num_rows(stream, 16) - 1], 16, meta)
+            starts = [0, len(stream[0])] if stream[1] is None else stream[1].tolist()
+            assert starts == sorted(starts) and (starts[0], starts[-1]) == (0, len(stream[0]))
             assert 0 <= rows.min() and rows.max() < K
             assert math.isfinite(meta[f'{split}_tokens'] / meta[f'{split}_bytes'])
         encode, decode, *_ = load_tokenizer(meta, folder)
         assert type(decode(np.arange(K))) is str and max(encode('line')) < K
 
 
-@pytest.mark.parametrize('name', ['bytes', 'bpe'])
+@pytest.mark.parametrize('name', ['bytes', 'char', 'bpe', 'padded'])
 def test_meta(home, name):
     folder = home / 'data' / name
     whole = files(folder)
 
-    @fuzz(0.1)
+    @fuzz(0.05)
     @given(altered(json.loads(whole['meta.json'])) | damaged(whole['meta.json']))
     def check(raw):
         write(folder / 'meta.json', raw)
@@ -198,17 +207,17 @@ def test_meta(home, name):
         check()
 
 
-def test_token_files(home):
-    folder = home / 'data/bpe'
+@pytest.mark.parametrize('folder', ['padded', 'char'])
+def test_token_files(home, folder):
+    folder = home / 'data' / folder
     whole = files(folder)
 
     @fuzz(0.1)
-    @given(st.data(), st.sampled_from(['train.bin', 'val.bin', 'tokenizer.json']))
+    @given(st.data(), st.sampled_from([name for name in sorted(whole) if name != 'meta.json']))
     def check(data, name):
-        raw = data.draw(damaged(whole[name]))
-        meta = json.loads(whole['meta.json'])
-        if name != 'tokenizer.json' and data.draw(st.booleans()):
-            meta[f'{name[:-4]}_tokens'] = len(raw) // 2          # so that the words themselves are looked at
+        raw, meta = data.draw(damaged(whole[name])), json.loads(whole['meta.json'])
+        if data.draw(st.booleans()):                             # who made it so meant it: no checksum tells
+            meta |= dict(tokenizer_sha256=None) if name == 'tokenizer.json' else {f'{name[:-4]}_tokens': len(raw) // 2}
         write(folder / name, raw)
         write(folder / 'meta.json', json.dumps(meta).encode())
         with restored(folder, whole):
@@ -250,6 +259,7 @@ def zipped(whole, pickled):
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_the_pickle_in_last_pt(home, tmp_path):
     whole = (home / 'out/last.pt').read_bytes()
     with zipfile.ZipFile(home / 'out/last.pt') as file:
@@ -268,6 +278,7 @@ def test_the_pickle_in_last_pt(home, tmp_path):
     check()
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 @pytest.mark.parametrize('bomb', [b'cos\nsystem\n(S"touch ran"\ntR.', b'cbuiltins\nexec\n(S"open(\'ran\', \'w\')"\ntR.',
                                   b'\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x09touch ran\x85R.',
                                   b'cdefused\nThing\n)R.', b'ctransformers.defused\nThing\n)R.',
