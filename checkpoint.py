@@ -236,7 +236,7 @@ def check_info(info, state):
 
 def find_weights(where):
     """The Path of a model's file; see load_model."""
-    path = Path(where)
+    path, where = Path(where), str(where)
     found = lambda: [path] if path.is_file() else list(path.glob('model.safetensors')) or list(path.glob('*.ckpt'))
     if where.startswith('hf:'):
         try:

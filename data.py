@@ -32,6 +32,8 @@ def load_tokenizer(meta, folder):
     name, eos, path = meta['tokenizer'], meta['eos_id'], Path(folder, 'tokenizer.json')
     unseen, array = {meta.get('bos_id'), eos, meta.get('pad_id')}, None
     try:
+        if (digest := meta.get('tokenizer_sha256')) and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError('it is not the one that these tokens were made with')
         if name == 'bytes':
             encode = lambda text: list(text.encode())
             decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
@@ -67,6 +69,7 @@ def load_tokenizer(meta, folder):
             array = lambda text: words.encode_to_numpy(text, disallowed_special=())
         else:
             raise SystemExit(f'unknown tokenizer {name!r}: I know bytes, char, bpe, gpt2, bert, json and tiktoken')
+        decode([meta.get('vocab_size', 1) - 1])  # a tokenizer of fewer words fails here, not in the middle of a text
     except ImportError as error:
         raise SystemExit(f'the {name} tokenizer needs a package: pip install {error.name}')
     except Exception as error:  # `tokenizers` raises nothing finer, and a download fails in a dozen ways
@@ -115,12 +118,12 @@ def load_data(folder):
                 tokens = np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r')
             if len(tokens) != meta[f'{split}_tokens']:
                 raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {meta[f"{split}_tokens"]!r:.40}')
-            if type(size := meta[f'{split}_bytes']) is not int or size < (split == 'val'):
+            if type(size := meta[f'{split}_bytes']) is not int or size < (len(tokens) > 0):
                 raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
             if meta['pad_id'] is not None:
                 starts = np.memmap(folder / f'{split}.idx', dtype=np.uint64, mode='r').view(np.int64)
-                if starts[-1] != len(tokens):
-                    raise ValueError(f'{split}.idx ends at {starts[-1]}, not at {len(tokens)}')
+                if starts[0] or starts[-1] != len(tokens) or (starts[1:] < starts[:-1]).any():
+                    raise ValueError(f'{split}.idx does not divide the {len(tokens)} tokens of {split}.bin')
             data[split] = tokens, starts
     except (OSError, ValueError, TypeError) as error:
         known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4',  # recipes', of another set
@@ -153,7 +156,7 @@ def num_rows(stream, block_size):
     """How many rows a stream gives. A padded one: its documents; a packed one: each row takes block_size - 2 of its
     tokens, the remainder is dropped."""
     tokens, starts = stream
-    if not 0 < block_size - 2 <= (len(tokens) if starts is None else block_size):
+    if not 0 < block_size - 2 <= (len(tokens) if starts is None else block_size * (len(starts) > 1)):
         raise SystemExit(f'{len(tokens)} tokens fill no row: block_size = {block_size} takes {block_size - 2} of them. '
                          'Change it, or prepare more text or, for validation, with a larger --val_fraction')
     return len(tokens) // (block_size - 2) if starts is None else len(starts) - 1

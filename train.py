@@ -468,7 +468,6 @@ if __name__ == '__main__':
             ticked, logged = time.time(), step
 
     # ---- show what it has learnt
-    looping = False
     progress.close()
     if dry_run and master:
         seconds = (times[-1] - times[0]) / max(1, len(times) - 1)
