@@ -126,7 +126,8 @@ def load_data(folder):
                     raise ValueError(f'{split}.idx does not divide the {len(tokens)} tokens of {split}.bin')
             data[split] = tokens, starts
     except (OSError, ValueError, TypeError) as error:
-        known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4'}  # a recipe's, of another set
+        known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4',  # recipes', of another set
+                 'stdlib_bytes': 'stdlib --tokenizer bytes --name stdlib_bytes'}
         raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
                          f'{known.get(folder.name, folder.name)}, '
                          f'or from text of yours with python prepare.py FILE --name {folder.name}')
