@@ -141,7 +141,7 @@ def load_state(out_dir, device='cpu'):
         except FileNotFoundError:
             continue
         except Exception as e:
-            broken.append(f'{path} cannot be used ({" ".join(str(e).split())[:200]})')
+            broken.append(f'{path} cannot be used ({" ".join(str(e).split())[:200] or type(e).__name__})')
             continue
         if path != os.path.join(out_dir, 'last.pt'):
             print('; '.join(broken or [f'last.pt is gone from {out_dir}']) + f': going on from {path}')

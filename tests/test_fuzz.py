@@ -63,9 +63,13 @@ def one_line_or_fine():
 @st.composite
 def damaged(draw, raw):
     """raw with some bytes changed, cut off, left out or put in: at the ends, where the headers are, and inside."""
+    anywhere = st.integers(0, 999).map(lambda i: len(raw) * i // 1000)  # st.integers(0, n) would prefer small ones
+    if draw(st.booleans()):  # a single bit is the hardest to notice
+        at = draw(anywhere)
+        return raw[:at] + bytes([raw[at] ^ 1 << draw(st.integers(0, 7))]) + raw[at + 1:]
     for _ in range(draw(st.integers(1, 3))):
         n = len(raw)
-        at = draw(st.integers(0, n) | st.integers(0, min(n, 2999)) | st.integers(max(0, n - 999), n))
+        at = draw(anywhere | st.integers(0, min(n, 2999)) | st.integers(max(0, n - 999), n))
         new = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b'\0' * 8, b'\xff' * 8, b'9' * 8, b'9' * 30]))
         kind = draw(st.sampled_from(['flip', 'flip', 'write', 'cut', 'leave out', 'put in']))
         if kind == 'flip' and at < n:
@@ -224,6 +228,16 @@ def test_token_files(home, folder):
             use_data(folder)
 
     check()
+
+
+def test_a_tokenizer_of_another_data_set(home, tmp_path):
+    folder = home / 'data/char'
+    meta, raw = load_data(folder)[0], json.loads((folder / 'tokenizer.json').read_text())
+    for change, words, says in (({}, raw[::-1], 'not the one'),
+                                ({'tokenizer_sha256': None}, raw[:-1], 'out of range')):
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(words))
+        with pytest.raises(SystemExit, match=says):
+            load_tokenizer(meta | change, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

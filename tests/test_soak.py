@@ -15,7 +15,7 @@ def test_a_run_survives_what_befalls_it(tmp_path):
 
 
 def test_a_signal_during_validation_stops_all_ranks_at_the_same_step(work):
-    """It comes to rank 0 alone, before the last step: a run that is done and stopped at once is validated the next time."""
+    """It comes to rank 0 alone, before the last step; done and stopped at once, the run is validated the next time."""
     (work / 'kick.py').write_text('''import os, signal, sys
 _main = sys.modules['__main__']
 _old = _main.evaluate
@@ -25,10 +25,11 @@ def _new(*args):
     return _old(*args)
 _main.evaluate = _new
 ''')
-    args = [*TINY, '--max_iters=5', '--gradient_accumulation_steps=2', '--out_dir=kicked', '--init_from=auto', 'kick.py']
+    args = [*TINY, 'kick.py', '--max_iters=5', '--gradient_accumulation_steps=2', '--out_dir=kicked',
+            '--init_from=auto']
     two = run(work, 'train.py', *args, launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
-    assert 'SIGUSR1: stopped after step 5' in two.stdout and 'train.py", line' not in two.stderr, two.stdout + two.stderr
-    assert two.returncode != 0 and len(log(work / 'kicked', 'val_loss')) == 1
+    assert two.returncode != 0 and 'SIGUSR1: stopped after step 5' in two.stdout, two.stdout
+    assert 'train.py", line' not in two.stderr and len(log(work / 'kicked', 'val_loss')) == 1, two.stderr
     good(run(work, 'train.py', *args))
     assert log(work / 'kicked', 'step') == [1, 2, 3, 4, 4, 5, 5]
     assert checkpoint(work / 'kicked')['val_loss'] == pytest.approx(log(work / 'kicked', 'val_loss')[-1], abs=1e-5)
