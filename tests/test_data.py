@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import prepare
-from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows
+from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT.parent / 'shared' / 'tokenizers' / 'tiktoken_cache'
@@ -330,6 +330,13 @@ def test_golden_rows_from_text(tmp_path):
     assert num_rows(data['train'], 16) == 2
     rows = get_rows(data['train'], np.arange(2), 16, meta)
     assert [bytes(row.astype(np.uint8)) for row in rows] == [b'\0the quick\0brow\0', b'\0n fox jumps ov\0']  # no er\0
+
+
+def test_same_tokenizer():
+    meta = dict(tokenizer='bpe', tokenizer_sha256='a', vocab_size=300)
+    assert same_tokenizer(meta, dict(meta)) and same_tokenizer(meta, meta | dict(tokenizer_sha256=None))
+    for change in (dict(tokenizer='bert'), dict(tokenizer_sha256='b'), dict(vocab_size=301)):
+        assert not same_tokenizer(meta, meta | change)
 
 
 def test_a_stream_shorter_than_a_row():
