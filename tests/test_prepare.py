@@ -355,6 +355,7 @@ def test_characters(tmp_path):
     assert decode(data['train'][0]).startswith('one two\none') and decode(encode('a tent')) == '\ufffd tent'
     assert '\ufffd' in decode(data['val'][0]) and data['train'][0][-1] == meta['eos_id'] == 0
     (tmp_path / 'data/text/tokenizer.json').write_text(json.dumps(['\0', 'a', 'b']))
+    meta.update(tokenizer_sha256=None, vocab_size=3)
     stops("'c' is none of the 3 characters", load_tokenizer(meta, tmp_path / 'data/text').encode, 'abc')
 
 
