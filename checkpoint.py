@@ -109,7 +109,8 @@ def write_model(folder, weights, info, tokenizer_from):
         write_whole(os.path.join(folder, 'tokenizer.json'), lambda path: shutil.copyfile(tokenizer, path))
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     header = dict(format='pt', weights_sha256=checksum(weights))
-    write_whole(os.path.join(folder, 'model.safetensors'), lambda path: save_file(weights, path, header))
+    write_whole(os.path.join(folder, 'model.safetensors'), lambda path: (
+        save_file(weights, path, header), os.chmod(path, 0o644)))                  # safetensors makes it mine alone
     write_whole(os.path.join(folder, 'config.json'), lambda path: Path(path).write_text(json.dumps(info)))
 
 
