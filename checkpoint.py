@@ -41,7 +41,8 @@ def pick_device(device):
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind = device.split(':')[0]
-    if kind not in ('cuda', 'mps', 'cpu') or kind != 'cpu' and not getattr(torch, kind).is_available():
+    if kind not in ('cuda', 'mps', 'cpu') or kind != 'cpu' and not getattr(torch, kind).is_available() or (
+            kind == 'cuda' and device[5:] not in ('', *map(str, range(torch.cuda.device_count())))):
         raise SystemExit(f"--device={device}: torch sees no such device here; 'auto' takes the best there is")
     return device
 
@@ -299,7 +300,7 @@ def export(model, info, folder):
     state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
     state['backbone.rotary_emb.inv_freq'] = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
     config = {key: value for key, value in info.items() if key != 'folder'} | {k: c[v] for k, v in AUTHORS.items()}
-    config.update(model_type='mdlm' if info['objective'] == 'mdlm' else 'duo', architectures=['DUO'])
+    config.update(model_type=info['objective'], architectures=['DUO'])
     try:
         os.makedirs(folder, exist_ok=True)
         write_model(folder, state, config, info['folder'])

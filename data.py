@@ -130,8 +130,7 @@ def load_data(folder):
         known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4',  # recipes', of another set
                  'stdlib_bytes': 'stdlib --tokenizer bytes --name stdlib_bytes'}
         raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
-                         f'{known.get(folder.name, folder.name)}, '
-                         f'or from text of yours with python prepare.py FILE --name {folder.name}')
+                         f'{known.get(folder.name, folder.name)}, or from text of yours (prepare.py --help)')
     return meta, data
 
 

@@ -447,10 +447,12 @@ def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, g
     """Yields xt (B,T) after each network call: one for each step of a sampling_schedule, and one more for noise removal
     (alpha_s = 1; with greedy the likeliest word is taken there). xt starts as noise: any words, or all mask_id for a
     masked-diffusion model. Positions where fixed (B,T) is true keep what they hold: a prompt. With settle (nats) words
-    stay by confidence (see commit), and it is over when all of them are that sure."""
+    stay by confidence (see commit), and when all of them are that sure, noise removal is next."""
     linear, given, changed = model.output_layer.linear, xt, True
-    steps = zip(alphas, [*alphas[1:], 1.0], [*kappas, 1.0])
-    for i, (alpha_t, alpha_s, kappa) in enumerate(steps):
+    last, settled = len(kappas), False
+    for i, (alpha_t, alpha_s, kappa) in enumerate(zip(alphas, [*alphas[1:], 1.0], [*kappas, 1.0])):
+        if settled and i < last:
+            continue
         if mask_id is None:
             h = model.hidden(xt, -torch.log(torch.full((xt.size(0),), alpha_t, device=xt.device)))
         elif changed:                            # told no time, the network would only repeat itself on the same words
@@ -467,7 +469,7 @@ def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, g
                 entropy[s] = torch.special.entr(logits.softmax(-1)).sum(-1)
             if mask_id is not None:
                 xs[s] = mask_step(logits, x, alpha_s, alpha_t, mask_id)
-            elif greedy and i == len(kappas):
+            elif greedy and i == last:
                 xs[s] = logits.argmax(-1)
             else:
                 xs[s] = reverse_step(logits, x, alpha_s if settle is None else 1.0, alpha_t, kappa)
@@ -475,14 +477,12 @@ def denoise(model, xt, alphas, kappas, fixed=None, temperature=1.0, top_p=1.0, g
         if fixed is not None:
             xs, entropy = torch.where(fixed, given, xs), entropy.masked_fill(fixed, -1.0)
         settled = settle is not None and bool((entropy < settle).all())
-        if settle is not None and i < len(kappas) and not settled:
+        if settle is not None and i < last and not settled:
             xs = commit(xs, entropy, alpha_s, linear.out_features, settle)
             xs = xs if fixed is None else torch.where(fixed, given, xs)
         changed = mask_id is not None and not torch.equal(xs, xt)
         xt = xs
         yield xt
-        if settled:
-            return
 
 
 @torch.no_grad()

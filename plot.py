@@ -41,13 +41,15 @@ def plain_numbers(axis):
 
 def curriculum_end(info):
     settings = info['settings']
-    return settings['curriculum_iters'] if info['objective'] == 'duo' else 0
+    return settings['curriculum_iters'] if settings['objective'] == 'duo' else 0
 
 
 def draw_curve(out_dir):
     records, info = read_run(out_dir)
-    train = [(r['step'], r['loss']) for r in records if 'loss' in r]
+    train = [(r['step'], r['loss']) for r in records if r.get('loss') is not None]
     val = [(r['step'], r['val_loss'], r['val_error']) for r in records if 'val_loss' in r]
+    if not val:
+        raise SystemExit(f'{out_dir} has no validation yet: let it go on')
     end = curriculum_end(info)
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     ax.plot([s for s, _ in train], [v for _, v in train], color='#9ab8d8', lw=1,

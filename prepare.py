@@ -6,7 +6,7 @@ Text -> token files: data/NAME/{train,val}.bin and meta.json (data.py says what 
     python prepare.py book.txt                        # your text: of one file, the end validates ...
     python prepare.py notes/ more.txt --name notes    # ... of many, each a document, one in twenty does
     python prepare.py 'dumps/*.jsonl.gz' --name dumps --text_key body --tokenizer gpt2
-    python prepare.py hf:org/name --tokenizer bert    # of the Hugging Face hub; hf:org/name@revision/some/*.parquet
+    python prepare.py hf:org/name --tokenizer bert    # of the Hugging Face hub; or hf:org/name/some/*.parquet
 
 A file that you name may be any UTF-8 text, or one document per record: .jsonl, .jsonl.gz, .jsonl.zst or .parquet. Of a
 folder I take every .txt, .md and such file, at any depth.
@@ -547,8 +547,11 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
         source, expected = dict(source=repo), min(int(expected), max_docs or int(expected))
         fetch = lambda files: documents_of(hub_files(repo, REVISIONS[repo], files, '', source), column)
         parts = [(part, files) for part, files in (('train', train), ('val', val)) if '*' in files]
+        if len(parts) > 1 and max_tokens:
+            raise SystemExit(f'--max_tokens would leave nothing of {ours} to validate: limit it by --max_docs')
+        few = lambda part, files: itertools.islice(fetch(files), max_docs if part == parts[0][0] else None)
         documents = lambda: (numbered(fetch(train), val_fraction) if val == 'some' else
-                             ((part, document) for part, files in parts for document in fetch(files)))
+                             ((part, document) for part, files in parts for document in few(part, files)))
     elif hub:
         source = dict(source=hub[1])
         documents = lambda: numbered(documents_of(hub_files(hub[1], revision, hub[2] or '*', split, source), text_key),
@@ -561,7 +564,7 @@ def prepare(paths, name=None, tokenizer=None, vocab_size=None, val_fraction=0.05
         raise SystemExit(f'--vocab_size is for bpe: drop it, {tokenizer} has a size of its own')
     if vocab_size is not None and not 257 <= vocab_size <= 65535:
         raise SystemExit(f'--vocab_size {vocab_size} must be 257 (every byte, and eos) to 65535 (what uint16 holds)')
-    some = lambda: itertools.islice(documents(), max_docs)
+    some = lambda: itertools.islice(documents(), None if ours in SETS and val != 'some' else max_docs)
     # what a tokenizer learns from; of a whole set whose end validates, it never comes that far
     learn = lambda: itertools.islice(some(), max_docs * 9 // 10 if max_docs and val == 'last' else None)
 

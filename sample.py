@@ -42,7 +42,7 @@ prompts = ''                 # a file of prompts, one a line, instead
 sampler = 'ancestral'        # 'ancestral', 'psi', 'commit'; the last two are for a Duo
 psi = 'rescale'              # kind of psi: 'rescale', 'cap', 'constant', 'loop' (diffusion.sampling_schedule)
 eta = 0.0                    # how much psi re-noises; 0: as published, 0.05 for rescale, else 0.01
-settle = 0.1                 # commit: words whose prediction has less entropy (nats) stay; when all do, it is over
+settle = 0.1                 # commit: words whose prediction has less entropy (nats) stay; when all do, it ends
 temperature = 1.0            # of the network's softmax; below 1 is safer and duller
 top_p = 0.0                  # draw from the likeliest words that hold this much probability; 0: all of it, but as
                              # published with psi, 0.9 (loop 0.95)
@@ -167,7 +167,7 @@ if __name__ == '__main__':
         calls += call
     seconds = time.time() - began
     if html:
-        write_text('html', html, page(tokenizer, shown, f'{out_dir}: {len(shown) - 1} network calls'))
+        write_text('html', html, page(tokenizer, shown, f'{init_from or out_dir}: {len(shown) - 1} network calls'))
     if out.endswith('.jsonl'):
         records = (dict(prompt=line, text=text) for line, text in zip(lines, texts))
         write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))

@@ -199,9 +199,13 @@ if __name__ == '__main__':
         if settings[name] < 1:
             raise SystemExit(f'--{name}={settings[name]}: it must be at least 1')
     for name in ('max_iters', 'curriculum_iters', 'warmup_iters', 'cooldown_iters', 'seed', 'learning_rate',
-                 'grad_clip', 'checkpoint_interval', 'checkpoint_minutes', 'price_per_hour', 'max_bad_steps'):
+                 'grad_clip', 'checkpoint_interval', 'checkpoint_minutes', 'price_per_hour', 'max_bad_steps',
+                 'weight_decay'):
         if settings[name] < 0:
             raise SystemExit(f'--{name}={settings[name]}: it must not be negative')
+    for name in ('dropout', 'beta1', 'beta2', 'ema_decay'):
+        if not 0 <= settings[name] < 1:
+            raise SystemExit(f'--{name}={settings[name]}: it must be at least 0, and less than 1')
     if curriculum_iters and not (tau > 0 and curriculum_k >= 2 and gamma_min < gamma_max):
         raise SystemExit('the curriculum needs tau > 0, curriculum_k of at least 2, and gamma_min < gamma_max')
     for name, value, known in (('objective', objective, ('duo', 'dcd', 'mdlm', 'ar')),
@@ -210,9 +214,12 @@ if __name__ == '__main__':
                                ('init_weights', init_weights, ('ema', 'raw'))):
         if value not in known:
             raise SystemExit(f'--{name}={value}: it is one of {", ".join(known)}')
+    if init_from.split(':')[0] == 'auto':
+        init_from = 'resume' if has_state(out_dir) else init_from[5:] or 'scratch'
     if objective == 'dcd' and init_from == 'scratch':
-        raise SystemExit('distillation starts from a trained Duo: name its folder with --init_from')
-    if objective == 'dcd' and not 0 < 2 ** (max(0, max_iters - 1) // dcd_round_iters) * dcd_delta <= 1:
+        raise SystemExit('distillation starts from a trained Duo: name it with --init_from=MODEL, or auto:MODEL')
+    rounds = max(0, max_iters - 1) // dcd_round_iters
+    if objective == 'dcd' and not (rounds < 99 and 0 < 2 ** rounds * dcd_delta <= 1):
         raise SystemExit(f'--dcd_delta={dcd_delta} leaves (0, 1] in {max_iters} steps of rounds of {dcd_round_iters}')
     if gradient_accumulation_steps % world:
         raise SystemExit(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all processes) must be a '
@@ -269,8 +276,6 @@ if __name__ == '__main__':
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
     step, best, elapsed, skipped = 0, math.inf, 0.0, 0
 
-    if init_from.split(':')[0] == 'auto':
-        init_from = 'resume' if has_state(out_dir) else init_from[5:] or 'scratch'
     if init_from == 'resume':
         state = load_state(out_dir, device)
         old = state['settings']
@@ -303,10 +308,12 @@ if __name__ == '__main__':
             raise SystemExit(f'{init_from} holds another model or tokenizer ({trained.config}): give the same')
         model.load_state_dict(trained.state_dict())
         ema.load_state_dict(trained.state_dict())
+        del trained
     if agree(step) != -agree(-step):
         raise SystemExit(f'rank {rank} found step {step}, another did not: --out_dir must be on a disk they share')
     leaves_nothing = eval_only or dry_run
-    if master and init_from != 'resume' and not leaves_nothing and has_state(out_dir):
+    stands = has_state(out_dir) or os.path.exists(os.path.join(out_dir, 'model.safetensors'))
+    if master and init_from != 'resume' and not leaves_nothing and stands:
         aside = time.strftime(f'{out_dir.rstrip("/")}-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
@@ -323,7 +330,7 @@ if __name__ == '__main__':
     progress = tqdm(total=max_iters, initial=step, disable=not (master and sys.stdout.isatty()), file=sys.stdout)
     if master:
         try:
-            os.makedirs(out_dir, exist_ok=True)
+            os.makedirs(out_dir, exist_ok=True) if not leaves_nothing else None
         except OSError as e:
             raise SystemExit(f'cannot make --out_dir={out_dir}: {e.strerror}')
         log_path = os.path.join(out_dir, 'log.jsonl')
@@ -334,6 +341,7 @@ if __name__ == '__main__':
         log_file = open(os.devnull if leaves_nothing else log_path, 'a' if init_from == 'resume' else 'w', buffering=1)
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {device} {dtype}, '
               f'{n_train:,} rows of {block_size} ({meta["tokenizer"]}, {vocab_size} words)')
+        wandb_log = wandb_log and not leaves_nothing
         if wandb_log:
             try:
                 import wandb
@@ -344,7 +352,8 @@ if __name__ == '__main__':
     def log(line, **record):
         if not master:
             return
-        record = {k: float(f'{v:.7g}') if isinstance(v, float) else v for k, v in record.items()}
+        record = {k: v if not isinstance(v, float) else float(f'{v:.7g}') if math.isfinite(v) else None
+                  for k, v in record.items()}
         log_file.write(json.dumps(record) + '\n')
         if wandb_log:
             wandb.log(record, step=record['step'])
@@ -380,17 +389,18 @@ if __name__ == '__main__':
         info = dict(objective=kind, model=asdict(model.config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
         state = dict(weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best, skipped=skipped,
+                     scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(), best=best,
+                     skipped=skipped + round(step - logged - good.item()),
                      fingerprint=token_files, seconds=time.time() - began, **info)
         save(out_dir, state, ema, info, folder, keep_last)
 
     # ---- the loop
     params, ema_params = list(model.parameters()), list(ema.parameters())
     one = torch.ones((), device=device)
-    total, good, in_a_row, broken = (torch.zeros((), device=device) for _ in range(4))
+    total, good, in_a_row, worst, broken = (torch.zeros((), device=device) for _ in range(5))
     ticked = saved = time.time()
     began, logged, start, val_loss = ticked - elapsed, step, step, None
-    times, looping, last_step = [], True, min(max_iters, step + 3) if dry_run else max_iters
+    times, looping, last_step = [], True, step + 3 if dry_run else max_iters
     while True:
         halt, done, paused = agree(stop), step >= last_step, time.time()  # a later signal waits for the next step
         due = step > start and (step % eval_interval == 0 or checkpoint_interval and step % checkpoint_interval == 0
@@ -443,6 +453,7 @@ if __name__ == '__main__':
         total += torch.where(finite, mean, 0)
         good += finite
         in_a_row = (in_a_row + 1) * ~finite
+        worst = torch.maximum(worst, in_a_row)
         update_average(ema_params, params, ema_decay_at(step))
         step += 1
         progress.update()
@@ -453,10 +464,10 @@ if __name__ == '__main__':
         if step % log_interval == 0 or step == max_iters:                # nowhere else does the CPU wait for the device
             if ddp:
                 dist.all_reduce(total)
-            loss, lost = total.item() / max(1, good.item()), round(step - logged - good.item())
+            loss, lost = total.item() / good.item() if good else math.nan, round(step - logged - good.item())
             skipped += lost
-            if in_a_row > max_bad_steps:
-                raise SystemExit(f'rank {rank}: no finite loss and gradient in the {in_a_row:.0f} steps before {step}; '
+            if worst > max_bad_steps:
+                raise SystemExit(f'rank {rank}: no finite loss and gradient in {worst:.0f} steps in a row by {step}; '
                                  f'here {broken:.0f} micro-batches had none. {out_dir} keeps the last good checkpoint, '
                                  f'if there is one; a lower --learning_rate may help ({chosen})')
             speed = (step - logged) / (time.time() - ticked)
@@ -469,14 +480,14 @@ if __name__ == '__main__':
 
     # ---- show what it has learnt
     progress.close()
-    if dry_run and master:
-        seconds = (times[-1] - times[0]) / max(1, len(times) - 1)
-        memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
-                  1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if dry_run and master and len(times) > 1:                             # no signal came
+        seconds = (times[-1] - times[0]) / (len(times) - 1)
+        memory = (torch.cuda.max_memory_allocated(device) if device_type == 'cuda' else  # a Mac counts bytes
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
         tokens, hours = max_iters * tokens_per_step, max_iters * seconds / 3600
         print(f'peak memory {memory / 1e9:.2f} GB, {1000 * seconds:.0f} ms a step. {max_iters:,} of them: about '
-              f'{hours:.1f} hours without validation, {tokens / 1e9:.3g}G tokens, {tokens / (n_train * block_size):.3g} '
-              'epochs, ' +
+              f'{hours:.1f} hours without validation, {tokens / 1e9:.3g}G tokens, '
+              f'{tokens / (n_train * block_size):.3g} epochs, ' +
               (f'a price of about {hours * price_per_hour:,.2f}' if price_per_hour else 'a price if --price_per_hour'))
     if halt and master:
         print(f'{signal.Signals(halt).name}: stopped after step {step}' + (

@@ -117,7 +117,7 @@ def test_a_bad_step_is_skipped_and_counted(work):
 
 def test_too_many_bad_steps_end_the_run_and_say_where(work):
     wrap_loss(work, 'wild.py', "return loss() * (float('inf') if step >= 6 else 1)")
-    one_line(run(work, 'train.py', *TINY, 'wild.py', '--out_dir=wild', '--max_bad_steps=3'), 'rank 0', 'before 10', "'max_bad_steps': 3")
+    one_line(run(work, 'train.py', *TINY, 'wild.py', '--out_dir=wild', '--max_bad_steps=3'), 'rank 0', 'by 10', "'max_bad_steps': 3")
     assert checkpoint(work / 'wild')['step'] == 8
 
 
@@ -177,8 +177,16 @@ def test_data_that_changed_is_noticed(work, tmp_path):
 
 def test_a_dry_run_leaves_nothing(work):
     said = good(run(work, 'train.py', *TINY, '--dry_run', '--out_dir=dry', '--price_per_hour=3', '--max_iters=1000000'))
-    assert not (work / 'dry').exists() or not os.listdir(work / 'dry')
+    assert not (work / 'dry').exists()
     assert all(word in said for word in ('parameters', 'tokens a step', 'peak memory', '1,000,000 of them', 'hours', 'price'))
+
+
+def test_an_interval_of_bad_steps_has_no_loss_and_a_stopped_run_no_curve(work):
+    wrap_loss(work, 'nothing.py', "return loss() * float('nan')")
+    good(run(work, 'train.py', *TINY, 'nothing.py', '--out_dir=nothing', '--max_iters=4'))
+    assert log(work / 'nothing') == [None] * 4 and log(work / 'nothing', 'skipped')[-1] == 4
+    (work / 'nothing' / 'log.jsonl').write_text('')
+    one_line(run(work, 'plot.py', 'nothing'), 'no validation')
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(work):

@@ -60,6 +60,8 @@ def test_an_older_run_is_set_aside_not_overwritten(work):
 @pytest.mark.parametrize('args, words', [
     (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']), (['--dcd_kl=both'], ['dcd_kl']),
+    (['--objective=dcd', '--init_from=auto'], ['auto:MODEL']), (['--objective=dcd', '--init_from=out', '--dcd_round_iters=1', '--max_iters=5000'], ['dcd_delta']),
+    (['--dropout=1.5'], ['dropout']), (['--beta1=1'], ['beta1']), (['--weight_decay=-1'], ['weight_decay']), (['--ema_decay=2'], ['ema_decay']),
     (['--log_interval=0'], ['log_interval']), (['--out_dir=tiny.txt/out'], ['tiny.txt/out']), (['--curriculum_k=1'], ['curriculum_k']),
     (['--dataset=owt_t4'], ['prepare.py owt --max_docs']),
     (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
