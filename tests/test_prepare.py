@@ -249,6 +249,16 @@ def prepared(tmp_path, offline, name, texts):
     return load_data(tmp_path / 'data' / name)
 
 
+def test_max_docs_leaves_a_published_validation_whole(tmp_path, offline):
+    home = tmp_path / 'home'
+    put(home, 'text8', train=['a b', 'c d', 'e f'], val=['g h', 'i j'])
+    env = offline | dict(HF_HOME=str(home))
+    ok('text8', '--max_docs', '2', cwd=tmp_path, **env)
+    meta, _ = load_data(tmp_path / 'data/text8')
+    assert (meta['train_documents'], meta['val_documents']) == (2, 2)
+    fails('--max_docs', 'text8', '--max_tokens', '5', cwd=tmp_path, **env)
+
+
 def test_golden_rows_of_bert(tmp_path, offline):
     if not VOCAB.exists():
         pytest.skip(f'no BERT vocabulary at {VOCAB}')
