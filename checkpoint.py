@@ -119,13 +119,13 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
     """state: the resume's dict of tensors and plain values; ema: the averaged DiT; info: a JSON-able dict;
     data_folder: where the tokenizer.json is, if there is one. The newest keep_last states stay."""
     try:
-        write_model(out_dir, ema.state_dict(), info, data_folder)
         newest = str(Path(out_dir, f'step-{state["step"]:08}.pt'))
         write_whole(newest, lambda path: torch.save(state, path))
         write_whole(os.path.join(out_dir, 'last.pt'), lambda path: link(newest, path))
         kept = [path for path in milestones(out_dir) if path <= newest][:keep_last]  # I went back behind newer ones
         for old in {*milestones(out_dir), *map(str, Path(out_dir).glob('step-*.pt.tmp'))} - {*kept}:
             os.remove(old)
+        write_model(out_dir, ema.state_dict(), info, data_folder)  # last: who stops me may not wait for it
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         raise SystemExit(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
 
