@@ -189,6 +189,10 @@ def load_lightning(path, weights):
     return state, {key: value for key, value in config.items() if type(value) in (str, int)}
 
 
+def num_blocks(state):
+    return len({name.split('.')[1] for name in state if name.startswith('blocks.')})
+
+
 def infer_info(config, state, where):
     """The info of a model of the authors': from their config.json's dict, checked against the tensors, and from the
     tensors' shapes where it is silent. Leaves out of state the word that no text has."""
@@ -203,7 +207,7 @@ def infer_info(config, state, where):
     if objective is None or objective != 'duo' and K == 30522:  # BERT has a mask among its words, mine comes after them
         raise SystemExit(f'{where} is a {kind} model of {K} words: I know Duo, and MDLM and AR with GPT-2\'s words')
     have = dict(vocab_size=K, hidden_dim=C, cond_dim=cond_dim, causal=causal, time_conditioning=objective == 'duo',
-                n_blocks=len({name.split('.')[1] for name in state if name.startswith('blocks.')}))
+                n_blocks=num_blocks(state))
     for key, value in have.items():
         if value is not None and config.get(key, value) != value:
             raise SystemExit(f'{where}: its config says {key} {config[key]}, its tensors {value}')
@@ -229,7 +233,7 @@ def check_info(info, state):
     c, objective, settings = asdict(DiTConfig(**info['model'])), info['objective'], info['settings']
     good = {key: type(v) is DiTConfig.__annotations__[key] and (type(v) is int) <= v < 2**20 for key, v in c.items()}
     good.update(objective=objective in ('duo', 'mdlm', 'ar'), causal=c['causal'] is (objective == 'ar'),
-                n_layer=c['n_layer'] == len({name.split('.')[1] for name in state if name.startswith('blocks.')}),
+                n_layer=c['n_layer'] == num_blocks(state),
                 vocab_size=c['vocab_size'] == info['data']['vocab_size'] + (objective == 'mdlm'),
                 settings=settings == {} or type(settings['dataset']) is str)
     if not all(good.values()):
