@@ -1,113 +1,137 @@
-"""Override files and --key=value for the settings at the top of a script: nanoGPT's configurator, made safe."""
-import ast, difflib, inspect, linecache, math, os, sys, tokenize
+"""Override files and --key=value for the settings at the top of a script, all of them checked."""
+import ast
+import difflib
+import inspect
+import linecache
+import math
+import os
+import sys
 
-KINDS = {bool: 'True or False', int: 'an int', float: 'a finite float', str: 'a str'}
-BOOLS = {'true': True, '1': True, 'false': False, '0': False}
+TYPES = {bool: 'True or False', int: 'an int', float: 'a finite float', str: 'a str'}
+BOOLS = {'true': True, 'false': False}
 
 
-def configure(g, argv=None):
-    """Return {name: value} of a script's settings, overridden as `argv` (default: sys.argv[1:]) asks.
+class UserError(Exception):
+    """What a user did wrong, in one line: what was wrong, where, and what to do about it."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(message.split()))  # a value in it may hold a line break
+
+
+def configure(g, checks=(), argv=None):
+    """Return {name: value} of a script's settings, as `argv` (default: sys.argv[1:]) changes them.
 
         learning_rate = 3e-4  # a setting: a global int, float, bool or str without a leading '_'
-        globals().update(configure(globals()))
+        CHECKS = [('learning_rate grad_clip', lambda v: v >= 0, 'at least 0')]
+        globals().update(configure(globals(), CHECKS))
 
     Arguments act strictly left to right:
-        config/owt.py   plain Python that sees the settings and sets them; looked up here, then beside
-                        the script. Imports, functions and _names are free, any other new name is an error
+        config/owt.py   plain Python that sees the settings and sets them; looked up in the working
+                        directory, then beside the script. Modules, functions, classes and _names
+                        are free, any other new name is an error
         --key=value     or --key value, or --flag for a bool; dashes in a key are underscores
-        --help, -h      the docstring, then every setting with its value so far and its comment; exit
-    Types never change, save that an int may stand for a float, and a typed 1e6 for an int; nan and inf are
-    refused. Any mistake ends the program with one line (SystemExit).
+        --help, -h      print the docstring and every setting, its value so far, its comment; exit
+    Types never change, except that an int may stand for a float; nan and inf are refused. At the
+    end each row of `checks` must hold: names, a predicate, the rule in words. Any mistake raises
+    UserError.
     """
-    now = {k: v for k, v in g.items() if not k.startswith('_') and type(v) in KINDS}
-    beside = os.path.dirname(g.get('__file__') or '')
+    settings = {k: v for k, v in g.items() if not k.startswith('_') and type(v) in TYPES}
+    folder = os.path.dirname(g.get('__file__', ''))
     args = list(sys.argv[1:] if argv is None else argv)
     while args:
         arg = args.pop(0)
         if arg in ('-h', '--help'):
-            print(_help(g, now))
-            raise SystemExit(0)
-        if not arg.startswith('-'):
-            path = arg if os.path.isfile(arg) else os.path.join(beside, arg)
-            if not os.path.isfile(path):
-                raise _stop(f'no file {arg!r} here or beside the script (a setting is --key=value)')
-            _run_file(path, now)
+            print(help_text(g, settings))
+            sys.exit(0)
+        if arg.startswith('-'):
+            read_option(arg, args, settings)
             continue
-        key, equals, text = arg.partition('=')
-        name = key.removeprefix('--').replace('-', '_')  # '-x' becomes '_x', which is never a setting
-        if name not in now:
-            raise _stop(f'{key} is not a setting (--help lists them)', name, now)
-        if not equals and type(now[name]) is bool:
-            text = args.pop(0) if args and args[0].lower() in BOOLS else 'true'
-        elif not equals:
-            if not args or args[0].startswith('--'):
-                raise _stop(f'{key} needs a value: {key}=...')
+        path = arg if os.path.isfile(arg) else os.path.join(folder, arg)
+        if not os.path.isfile(path):
+            raise UserError(f'no file {arg!r} here or beside the script (a setting is --key=value)')
+        run_file(path, settings)
+    for names, holds, rule in checks:
+        for name in names.split():
+            if not holds(settings[name]):
+                raise UserError(f'--{name}={settings[name]}: must be {rule}')
+    return settings
+
+
+def read_option(arg, args, settings):
+    """Set what --key=value says; the value of a bare --key is taken from the front of `args`."""
+    key, equals, text = arg.partition('=')
+    name = key.removeprefix('--').replace('-', '_')  # '-x' becomes '_x', which is never a setting
+    if name not in settings:
+        raise unknown(key, name, settings)
+    kind = type(settings[name])
+    if not equals:
+        following = args[0] if args else '--'
+        if kind is bool and following.lower() not in BOOLS:
+            text = 'true'
+        elif following.startswith('--'):
+            raise UserError(f'{key} needs a value: {key}=...')
+        else:
             text = args.pop(0)
-        _set(now, name, _parse(text, type(now[name])), f'{key}={text}')
-    return now
-
-
-def _parse(text, kind):
-    """A command-line word as a `kind`, or the word itself if it is none: _set refuses it then."""
     try:
-        if kind is int and 'e' in text.lower() and float(text).is_integer() and abs(float(text)) < 2**53:
-            return int(float(text))  # 1e6; above 2**53 a float may not be the number that was typed
-        return BOOLS.get(text.lower(), text) if kind is bool else kind(text)
-    except ValueError:
-        return text
+        value = BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        value = text  # which assign() refuses
+    assign(settings, name, value, f'{key}={text}')
 
 
-def _set(now, name, value, where):
-    """Types must match exactly: to Python True is an int, but a batch size of True is a mistake."""
-    kind = type(now[name])
-    if kind is float and type(value) is int and abs(value) < 2**1023:  # float() overflows above
+def assign(settings, name, value, where):
+    """Types must match: to Python True is an int, but a batch size of True is a mistake."""
+    kind = type(settings[name])
+    if kind is float and type(value) is int and abs(value) < 1e308:  # float() overflows above
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
-        shown = repr(value) if isinstance(value, (str, float, bool)) else type(value).__name__
-        raise _stop(f'{where}: {name} must be {KINDS[kind]}, not {shown}')
-    now[name] = value
+        shown = 'int' if type(value) is int else repr(value)  # an int may be too long to print
+        raise UserError(f'{where}: {name} must be {TYPES[kind]}, not {shown}')
+    settings[name] = value
 
 
-def _run_file(path, now):
-    """Run an override file on a copy of the settings, then take over into `now` what it set."""
-    space = {**now, '__file__': path}
+def run_file(path, settings):
+    """Run an override file on a copy of the settings, then assign what it changed."""
+    space = {**settings, '__file__': path}
     try:
         with open(path, 'rb') as f:
-            tree = compile(f.read(), path, 'exec', ast.PyCF_ONLY_AST)
-        exec(compile(tree, path, 'exec'), space)
-    except (Exception, SystemExit) as e:
-        ran = e.__traceback__.tb_next  # the file's own frame; None if it never got to run
-        line = ran.tb_lineno if ran else getattr(e, 'lineno', None) or 1
-        raise _stop(f'{path}:{line}: {type(e).__name__}: {getattr(e, "msg", e)}')
-    # I look for assignments in the source, not for new globals, so that `from math import pi` stays free.
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            code = compile(f.read(), path, 'exec')
+        exec(code, space)
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
+        frame = error.__traceback__.tb_next  # None if the file does not compile
+        line = f':{frame.tb_lineno}' if frame else ''
+        raise UserError(f'{path}{line}: {type(error).__name__}: {error}')
     for name, value in space.items():
-        where = f'{path}:{lines[name]}' if name in lines else path
-        free = name not in lines or name.startswith('_') or callable(value) or inspect.ismodule(value)
-        if name in now and value is not now[name]:
-            _set(now, name, value, where)
-        elif name not in now and not free:
-            raise _stop(f'{where}: {name} is not a setting (names of your own begin with _)', name, now)
+        if name in settings:
+            if value is not settings[name]:  # a default is checked only once it is set
+                assign(settings, name, value, path)
+        elif not (name.startswith('_') or callable(value) or inspect.ismodule(value)):
+            raise unknown(f'{path}: {name}', name, settings)
 
 
-def _help(g, now):
-    """The docstring, then the settings as the source has them (order, headings, comments), at their values now."""
-    lines, rest, end = linecache.getlines(g.get('__file__') or ''), dict(now), 0
-    notes = {t.start[0]: t.string for t in tokenize.generate_tokens(iter(lines).__next__) if t.type == tokenize.COMMENT}
+def unknown(where, name, settings):
+    close = difflib.get_close_matches(name, settings, 1)
+    hint = f'did you mean {close[0]}?' if close else 'see --help; names of your own begin with _'
+    return UserError(f'{where} is not a setting ({hint})')
+
+
+def help_text(g, settings):
+    """The docstring, then the settings in the order and with the comments of the source."""
+    lines = linecache.getlines(g.get('__file__', ''))
+    rest = dict(settings)
     out = [inspect.cleandoc(g.get('__doc__') or ''), '']
-    for node in ast.parse(''.join(lines)).body:
-        above = [line.strip() for line in lines[end:node.lineno - 1]]  # between statements: comments, blanks
-        end = node.end_lineno
-        note = ' '.join(notes[i] for i in range(node.lineno, end + 1) if i in notes)
-        for n in ast.walk(node) if isinstance(node, (ast.Assign, ast.AnnAssign)) else ():
-            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in rest:
-                out += above + [f'{f"--{n.id}={rest.pop(n.id)!r}":<33} {note}'.rstrip()]
-                above = []
-    out += [f'--{name}={value!r}' for name, value in rest.items()]  # no source at hand, or set in a loop
+    end = 0
+    for statement in ast.parse(''.join(lines)).body:
+        nodes = ast.walk(statement) if isinstance(statement, ast.Assign) else []
+        for node in nodes:
+            name = getattr(node, 'id', getattr(node, 'arg', ''))  # name = 1, or dict(name=1)
+            if name in rest:
+                above = [line.strip() for line in lines[end:node.lineno - 1]]
+                out += [line for line in above if line[:1] in ('', '#')]
+                _, mark, comment = lines[node.lineno - 1].partition('  #')
+                setting = f'--{name}={rest.pop(name)!r}'
+                out.append(f'{setting:<32}{mark}{comment}'.rstrip())
+                end = node.lineno
+        end = statement.end_lineno
+    out += [f'--{name}={value!r}' for name, value in rest.items()]  # declared elsewhere
     return '\n'.join(out).replace('\n\n\n', '\n\n').strip()
-
-
-def _stop(text, wrong='', names=()):
-    """An exit that prints one line, however many an exception's text had, and guesses what a wrong name meant."""
-    close = difflib.get_close_matches(wrong, names, 1)
-    return SystemExit(' '.join(text.split()) + (f'; did you mean {close[0]}?' if close else ''))
