@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data import check_meta
+from configurator import UserError
 from model import DiT, DiTConfig
 
 # What the authors' config.json calls the fields of DiTConfig, and the models of theirs that I know as one of mine.
@@ -29,8 +30,8 @@ AUTHORS = dict(vocab_size='vocab_size', model_length='block_size', n_blocks='n_l
                hidden_dim='n_embd', cond_dim='cond_dim', causal='causal')
 KINDS = dict(duo='duo', duo_base='duo', distillation='duo', udlm='duo', mdlm='mdlm', ar='ar')
 WRAPPERS = re.compile(r'\b(backbone|module|_orig_mod|model)\.')  # what others put before the names of parameters
-STATE = dict(weights=dict, ema=dict, optimizer=dict, scaler=dict, teacher=dict | None, step=int, model=dict,
-             settings=dict, best=float, seconds=float, skipped=int, fingerprint=str)  # what a resume takes
+STATE = dict(weights=dict, ema=dict, optimizers=list, scaler=dict, teacher=dict | None, step=int, model=dict,
+             settings=dict, seconds=float, skipped=int, fingerprint=str)  # what a resume takes
 # Beside tensors their .ckpt files hold settings and a tokenizer, objects of these modules.
 HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing)\.'
                       r'|collections\.defaultdict$|builtins\.(dict|list|tuple|int|float|str|bool|object)$')
@@ -43,7 +44,7 @@ def pick_device(device):
     kind = device.split(':')[0]
     if kind not in ('cuda', 'mps', 'cpu') or kind != 'cpu' and not getattr(torch, kind).is_available() or (
             kind == 'cuda' and device[5:] not in ('', *map(str, range(torch.cuda.device_count())))):
-        raise SystemExit(f"--device={device}: torch sees no such device here; 'auto' takes the best there is")
+        raise UserError(f"--device={device}: torch sees no such device here; 'auto' takes the best there is")
     return device
 
 
@@ -54,7 +55,7 @@ def pick_dtype(dtype, device):
         bf16 = kind == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
         dtype = 'bfloat16' if bf16 else 'float16' if kind == 'cuda' else 'float32'
     if dtype not in ('float32', 'bfloat16', 'float16'):
-        raise SystemExit(f"--dtype={dtype}: it is 'float32', 'bfloat16', 'float16' or 'auto'")
+        raise UserError(f"--dtype={dtype}: it is 'float32', 'bfloat16', 'float16' or 'auto'")
     return dtype, nullcontext() if dtype == 'float32' else torch.autocast(kind, getattr(torch, dtype))
 
 
@@ -127,7 +128,7 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
             os.remove(old)
         write_model(out_dir, ema.state_dict(), info, data_folder)  # last: who stops me may not wait for it
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        raise SystemExit(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
+        raise UserError(f'cannot write a checkpoint into {out_dir}: {str(e).splitlines()[0]}; the one before is kept')
 
 
 def load_state(out_dir, device='cpu'):
@@ -149,8 +150,8 @@ def load_state(out_dir, device='cpu'):
             print('; '.join(broken or [f'last.pt is gone from {out_dir}']) + f': going on from {path}')
         return state
     if not broken:
-        raise SystemExit(f'no checkpoint in {out_dir}: train first, or name another folder with --out_dir')
-    raise SystemExit('; '.join(broken))
+        raise UserError(f'no checkpoint in {out_dir}: train first, or name another folder with --out_dir')
+    raise UserError('; '.join(broken))
 
 
 class Inert(dict):
@@ -167,7 +168,7 @@ def load_lightning(path, weights):
     """state dict and config (keys as in the authors' config.json) of a Lightning .ckpt."""
     strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if payload := [name for name in strange if not HARMLESS.match(name)]:
-        raise SystemExit(f'{path} is a pickle that wants to run {", ".join(payload)}: not opened. Ask for safetensors')
+        raise UserError(f'{path} is a pickle that wants to run {", ".join(payload)}: not opened. Ask for safetensors')
     with torch.serialization.safe_globals([(Inert, name) for name in strange]):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
@@ -183,7 +184,7 @@ def load_lightning(path, weights):
     if weights == 'ema':  # a list, in the order of the parameters: that of the state dict
         shadow = (ckpt.get('ema') or {}).get('shadow_params') or []
         if [w.shape for w in shadow] != [w.shape for w in state.values()]:
-            raise SystemExit(f'{path}: its moving average ({len(shadow)} tensors) is none of its {len(state)} weights: '
+            raise UserError(f'{path}: its moving average ({len(shadow)} tensors) is none of its {len(state)} weights: '
                              '--weights=raw takes those')
         state = dict(zip(state, shadow))
     return state, {key: value for key, value in config.items() if type(value) in (str, int)}
@@ -197,7 +198,7 @@ def infer_info(config, state, where):
     """The info of a model of the authors': from their config.json's dict, checked against the tensors, and from the
     tensors' shapes where it is silent. Leaves out of state the word that no text has."""
     if 'vocab_embed.embedding' not in state:
-        raise SystemExit(f'{where} holds no DiT: vocab_embed.embedding is missing')
+        raise UserError(f'{where} holds no DiT: vocab_embed.embedding is missing')
     K, C = state['vocab_embed.embedding'].shape
     cond_dim = next((w.size(1) for name, w in state.items() if name.endswith('adaLN_modulation.weight')), None)
     causal = cond_dim is None
@@ -205,12 +206,12 @@ def infer_info(config, state, where):
     kind = str(config.get('model_type', assumed['model_type'])).lower()
     objective = 'ar' if causal else KINDS.get(kind)
     if objective is None or objective != 'duo' and K == 30522:  # BERT has a mask among its words, mine comes after them
-        raise SystemExit(f'{where} is a {kind} model of {K} words: I know Duo, and MDLM and AR with GPT-2\'s words')
+        raise UserError(f'{where} is a {kind} model of {K} words: I know Duo, and MDLM and AR with GPT-2\'s words')
     have = dict(vocab_size=K, hidden_dim=C, cond_dim=cond_dim, causal=causal, time_conditioning=objective == 'duo',
                 n_blocks=num_blocks(state))
     for key, value in have.items():
         if value is not None and config.get(key, value) != value:
-            raise SystemExit(f'{where}: its config says {key} {config[key]}, its tensors {value}')
+            raise UserError(f'{where}: its config says {key} {config[key]}, its tensors {value}')
     words = K - (objective == 'mdlm')
     if words in (50258, 30523):  # [PAD] in Duo, a mask in AR: no text has it, so I go without
         words, assumed['its last word'] = words - 1, 'is in no text, left out'
@@ -251,10 +252,10 @@ def find_weights(where):
                 if not found():
                     path = Path(snapshot_download(where[3:], allow_patterns=['*.json', weights]))
         except Exception as e:
-            raise SystemExit(f'cannot fetch {where}, nor is it in the cache ({type(e).__name__}): '
+            raise UserError(f'cannot fetch {where}, nor is it in the cache ({type(e).__name__}): '
                              f'{" ".join(str(e).split())[:200]}')
     if len(found()) != 1:
-        raise SystemExit(f'no trained model in {where}, or several: run train.py first, or name another folder, '
+        raise UserError(f'no trained model in {where}, or several: run train.py first, or name another folder, '
                          'hf:org/name, or a .ckpt')
     return found()[0]
 
@@ -266,7 +267,7 @@ def load_model(where, weights='ema', device='cpu'):
     .ckpt of theirs; or hf:org/name, such a folder on the Hugging Face hub. weights: 'ema' or 'raw'."""
     from safetensors import safe_open
     if weights not in ('ema', 'raw'):
-        raise SystemExit(f"--weights is 'ema' or 'raw', not {weights!r}")
+        raise UserError(f"--weights is 'ema' or 'raw', not {weights!r}")
     path = find_weights(where)
     try:
         config = path.parent / 'config.json'
@@ -289,17 +290,17 @@ def load_model(where, weights='ema', device='cpu'):
         want, have = ({name: list(w.shape) for name, w in s.items()} for s in (model.state_dict(), state))
         if wrong := [f'{name} is {have.get(name, "missing")}, not {want.get(name, "known")}'
                      for name in want | have if have.get(name) != want.get(name)]:
-            raise SystemExit(f'{path} is not the model that it should be: {"; ".join(wrong)}')
+            raise UserError(f'{path} is not the model that it should be: {"; ".join(wrong)}')
         model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     except Exception as e:
-        raise SystemExit(f'cannot load the model in {where}: {type(e).__name__}: {" ".join(str(e).split())[:300]}')
+        raise UserError(f'cannot load the model in {where}: {type(e).__name__}: {" ".join(str(e).split())[:300]}')
     return model.to(device).eval().requires_grad_(False), info | {'folder': str(path.parent)}
 
 
 def export(model, info, folder):
     """Write a model with the authors' names, layout and config.json, beside my own fields, into a new folder."""
     if Path(folder, 'model.safetensors').exists():
-        raise SystemExit(f'{folder} holds a model already: name another folder')
+        raise UserError(f'{folder} holds a model already: name another folder')
     c, head_dim = info['model'], info['model']['n_embd'] // info['model']['n_head']
     state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
     state['backbone.rotary_emb.inv_freq'] = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
@@ -309,7 +310,7 @@ def export(model, info, folder):
         os.makedirs(folder, exist_ok=True)
         write_model(folder, state, config, info['folder'])
     except OSError as e:
-        raise SystemExit(f'cannot write into {folder}: {e.strerror}')
+        raise UserError(f'cannot write into {folder}: {e.strerror}')
     print(f'wrote {folder}')
 
 
@@ -367,3 +368,51 @@ To use it, in a checkout of nanoDuo, from the hub or from a folder:
         print(f'wrote {card}')
     except OSError as e:
         print(f'no {card}: {e.strerror}')
+
+
+def set_aside_older_run(out_dir):
+    """A run that stands in out_dir is moved, not overwritten."""
+    import time
+    if has_state(out_dir) or os.path.exists(os.path.join(out_dir, 'model.safetensors')):
+        aside = out_dir.rstrip('/') + time.strftime('-%Y%m%d-%H%M%S')
+        os.rename(out_dir, aside)
+        print(f'{out_dir} held another run: it is in {aside} now')
+
+
+def open_log(out_dir, step):
+    """log.jsonl, to append to, without the lines of steps that will be repeated."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make --out_dir={out_dir}: {error.strerror}')
+    path = Path(out_dir, 'log.jsonl')
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [s for s in lines if s.endswith('}\n') and step and json.loads(s)['step'] <= step]
+        write_whole(path, lambda temporary: Path(temporary).write_text(''.join(kept)))
+    return open(path, 'a', buffering=1)
+
+
+def append_log(file, record):
+    """One JSON line: seven digits of each number, null where it is not finite."""
+    import math
+    for name, value in record.items():
+        if isinstance(value, float):
+            record[name] = float(f'{value:.7g}') if math.isfinite(value) else None
+    file.write(json.dumps(record) + '\n')
+
+
+def check_resume(out_dir, state, settings, config, token_files):
+    """What changed in the settings since state was written, as text; UserError if it is not a state
+    of this very run."""
+    old = state['settings']
+    changed = ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in settings.items()
+                        if value != old.get(name) and name != 'init_from')
+    if state['model'] != asdict(config):
+        raise UserError(f'{out_dir} holds another model ({changed}): resume with its own command')
+    if any(old[name] != settings[name] for name in ('objective', 'dataset')):
+        raise UserError(f'{out_dir} holds another kind of run ({changed}): start a new one from it')
+    if state['fingerprint'] != token_files:
+        raise UserError(f'the token files of {settings["dataset"]} are not those that the run in '
+                        f'{out_dir} began with: put them back, or start a new run')
+    return changed

@@ -50,11 +50,16 @@ def configure(g, checks=(), argv=None):
         if not os.path.isfile(path):
             raise UserError(f'no file {arg!r} here or beside the script (a setting is --key=value)')
         run_file(path, settings)
+    check(settings, checks)
+    return settings
+
+
+def check(settings, checks):
+    """UserError unless each row of `checks` holds: names, a predicate, the rule in words."""
     for names, holds, rule in checks:
         for name in names.split():
             if not holds(settings[name]):
                 raise UserError(f'--{name}={settings[name]}: must be {rule}')
-    return settings
 
 
 def read_option(arg, args, settings):

@@ -16,6 +16,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from configurator import UserError
+
 # A byte-level BPE joins nothing across a newline that stands between two words, nor does WordPiece, so I hand them
 # lines: the very same tokens, where a book in one piece costs `tokenizers` several times the time, and gigabytes.
 LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
@@ -45,7 +47,7 @@ def load_tokenizer(meta, folder):
             def encode(text):
                 ids = [number.get(c, number.get('\ufffd')) for c in text]
                 if None in ids:
-                    raise SystemExit(f'{text[ids.index(None)]!r} is none of the {len(number)} characters this data has')
+                    raise UserError(f'{text[ids.index(None)]!r} is none of the {len(number)} characters this data has')
                 return ids
         elif name in ('bpe', 'bert', 'json'):
             import tokenizers
@@ -68,12 +70,12 @@ def load_tokenizer(meta, folder):
             encode, decode = words.encode_ordinary, words.decode
             array = lambda text: words.encode_to_numpy(text, disallowed_special=())
         else:
-            raise SystemExit(f'unknown tokenizer {name!r}: I know bytes, char, bpe, gpt2, bert, json and tiktoken')
+            raise UserError(f'unknown tokenizer {name!r}: I know bytes, char, bpe, gpt2, bert, json and tiktoken')
         decode([meta.get('vocab_size', 1) - 1])  # a tokenizer of fewer words fails here, not in the middle of a text
     except ImportError as error:
-        raise SystemExit(f'the {name} tokenizer needs a package: pip install {error.name}')
+        raise UserError(f'the {name} tokenizer needs a package: pip install {error.name}')
     except Exception as error:  # `tokenizers` raises nothing finer, and a download fails in a dozen ways
-        raise SystemExit(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go online once, or set '
+        raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go online once, or set '
                          'TIKTOKEN_CACHE_DIR to a folder that has it' if name == 'gpt2'
                          else f'{path} cannot be read ({" ".join(str(error).split())}): prepare the data again')
 
@@ -129,7 +131,7 @@ def load_data(folder):
     except (OSError, ValueError, TypeError) as error:
         known = {'owt_t4': 'owt --max_docs 100000 --name owt_t4',  # recipes', of another set
                  'stdlib_bytes': 'stdlib --tokenizer bytes --name stdlib_bytes'}
-        raise SystemExit(f'no usable data set in {folder} ({error}): make it with python prepare.py '
+        raise UserError(f'no usable data set in {folder} ({error}): make it with python prepare.py '
                          f'{known.get(folder.name, folder.name)}, or from text of yours (prepare.py --help)')
     return meta, data
 
@@ -139,7 +141,7 @@ def check_tokens(data, vocab_size, folder):
     for split, (tokens, _) in data.items():
         most = max((int(tokens[i:i + 2**26].max()) for i in range(0, len(tokens), 2**26)), default=0)
         if most >= vocab_size:
-            raise SystemExit(f'{folder}/{split}.bin holds token {most} of {vocab_size} words: prepare it again')
+            raise UserError(f'{folder}/{split}.bin holds token {most} of {vocab_size} words: prepare it again')
 
 
 def fingerprint(data):
@@ -157,7 +159,7 @@ def num_rows(stream, block_size):
     tokens, the remainder is dropped."""
     tokens, starts = stream
     if not 0 < block_size - 2 <= (len(tokens) if starts is None else block_size * (len(starts) > 1)):
-        raise SystemExit(f'{len(tokens)} tokens fill no row: block_size = {block_size} takes {block_size - 2} of them. '
+        raise UserError(f'{len(tokens)} tokens fill no row: block_size = {block_size} takes {block_size - 2} of them. '
                          'Change it, or prepare more text or, for validation, with a larger --val_fraction')
     return len(tokens) // (block_size - 2) if starts is None else len(starts) - 1
 
@@ -206,3 +208,27 @@ def epoch_rows(index, n_rows, seed):
         now = epochs == epoch
         rows[now] = permutation(n_rows, seed, int(epoch))[places[now]]
     return rows
+
+
+def get_batch(stream, rows, block_size, meta, device):
+    """get_rows on a device, x0 (B,T); the CPU does not wait for the copy."""
+    import torch
+    x0 = torch.from_numpy(get_rows(stream, rows, block_size, meta))
+    if device.startswith('cuda'):
+        return x0.pin_memory().to(device, non_blocking=True)
+    return x0.to(device)
+
+
+def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
+    import math
+    mean, n = nats.mean().item(), len(nats)
+    if not math.isfinite(mean):
+        raise UserError(f'the validation loss is {mean}')
+    error = (nats.std() / math.sqrt(n)).item() if n > 1 else math.nan
+    tokens = words_per_row(stream, rows, block_size)
+    scored = tokens + 2 - (objective == 'ar')
+    bpd = mean / math.log(2)
+    ppl = math.exp(min(mean, 99))
+    bpb = bpd * scored / tokens * meta[f'{split}_tokens'] / meta[f'{split}_bytes']
+    line = f'{mean:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} bits per byte'
+    return line, dict(loss=mean, error=error, bpd=bpd, ppl=ppl, bpb=bpb)

@@ -1,15 +1,18 @@
 """
 The network of Duo: a diffusion transformer (DiT, arXiv 2212.09748) over tokens, and nothing else.
 
-A pre-norm transformer that looks both ways, told how noisy its input is by adaLN: the time embedding of sigma
-shifts, scales and gates every block. Its input need not be words: any mixture of word embeddings will do, which
-is what Duo's curriculum feeds it. Parameter names are those of the authors' published checkpoints.
+A pre-norm transformer that looks both ways, told how noisy its input is by adaLN: the time
+embedding of sigma shifts, scales and gates every block. Its input need not be tokens: any mixture
+of token embeddings will do, which is what Duo's curriculum feeds it. Parameter names are those of
+the authors' published checkpoints.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from configurator import UserError
 
 
 @dataclass
@@ -21,7 +24,11 @@ class DiTConfig:
     n_embd: int = 768
     cond_dim: int = 128       # width of the time embedding
     dropout: float = 0.1
-    causal: bool = False      # True: an autoregressive transformer, left to right and told no time (no adaLN)
+    causal: bool = False      # True: autoregressive, left to right, and without time (no adaLN)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
 
 
 class EmbeddingLayer(nn.Module):
@@ -35,76 +42,107 @@ class EmbeddingLayer(nn.Module):
             return x @ self.embedding
         if weights is None:
             return F.embedding(x, self.embedding)     # (B,T) -> (B,T,C)
-        # one gather a slot: all k at once would hold a (B,T,k,C) tensor
-        return sum(w.unsqueeze(-1) * F.embedding(ids, self.embedding)
-                   for ids, w in zip(x.unbind(-1), weights.to(self.embedding.dtype).unbind(-1)))
+        weights = weights.to(self.embedding.dtype)
+        mixed = 0                                     # slot by slot: no (B,T,k,C) tensor
+        for i in range(x.size(-1)):
+            mixed = mixed + weights[..., i, None] * F.embedding(x[..., i], self.embedding)
+        return mixed
 
 
 class TimestepEmbedder(nn.Module):
     def __init__(self, cond_dim, n_features=256):
         super().__init__()
         self.n_features = n_features
-        self.mlp = nn.Sequential(nn.Linear(n_features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(n_features, cond_dim),
+            nn.SiLU(),
+            nn.Linear(cond_dim, cond_dim),
+        )
 
     def forward(self, sigma):
         half = self.n_features // 2
         freqs = 10000 ** (-torch.arange(half, device=sigma.device) / half)
-        angles = sigma.reshape(-1, 1).float() * freqs                     # (B,128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (B,256) -> (B,cond_dim)
+        angles = sigma.reshape(-1, 1).float() * freqs                  # (B,128)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)     # (B,256)
+        return self.mlp(features)                                      # (B,cond_dim)
 
 
-def rotary(start, T, head_dim, device):
+def rotary_angles(start, T, head_dim, device):
     """cos and sin (T, head_dim/2) of RoPE for the positions start .. start+T-1."""
     freqs = 10000 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angles = torch.outer(torch.arange(start, start + T, device=device), freqs)
+    positions = torch.arange(start, start + T, device=device)
+    angles = torch.outer(positions, freqs)
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn the halves of x (B,H,T,D) by their positions' angles ("rotate-half")."""
+def rotate_half(x, cos, sin):
+    """RoPE: turn the two halves of x (B,H,T,D) by the angles of their positions."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def adaLN(cond_dim, width):
+    """A linear layer that starts at zero: every block starts as the identity."""
+    layer = nn.Linear(cond_dim, width)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.causal = config.causal
         self.norm1 = nn.LayerNorm(C, bias=False)
         self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.norm2 = nn.LayerNorm(C, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(approximate='tanh'), nn.Linear(4 * C, C))
+        self.mlp = nn.Sequential(
+            nn.Linear(C, 4 * C),
+            nn.GELU(approximate='tanh'),
+            nn.Linear(4 * C, C),
+        )
         if not config.causal:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * C)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation = adaLN(config.cond_dim, 6 * C)
 
     def attention(self, x, cos, sin, cache):
         B, T, C = x.shape
-        q, k, v = self.attn_qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        fresh = not cache
-        if cache is not None:                                # what came before is kept and never computed again
-            if cache:
-                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and fresh)
-        return self.attn_out(y.transpose(1, 2).reshape(B, T, C))                          # (B,H,T,D) -> (B,T,C)
+        qkv = self.attn_qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B,T,3,H,D) -> 3 x (B,H,T,D)
+        q = rotate_half(q, cos, sin)
+        k = rotate_half(k, cos, sin)
+        is_causal = self.causal and not cache
+        if cache:                                            # keys and values of the tokens before these
+            k = torch.cat([cache[0], k], dim=2)
+            v = torch.cat([cache[1], v], dim=2)
+        if cache is not None:
+            cache[:] = [k, v]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)               # (B,H,T,D) -> (B,T,C)
+        return self.attn_out(y)
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x, c, cos, sin, cache=None):
-        if self.causal:
-            x = x + F.dropout(self.attention(self.norm1(x), cos, sin, cache), self.dropout, self.training)
-            return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # (B,1,C)
-        y = self.attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin, cache)
-        x = x + gate1 * F.dropout(y, self.dropout, self.training)
-        y = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return x + gate2 * F.dropout(y, self.dropout, self.training)
+        """x (B,T,C); c (B,cond_dim), the time embedding, or None in a causal model."""
+        if c is None:
+            x = x + self.drop(self.attention(self.norm1(x), cos, sin, cache))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        modulation = self.adaLN_modulation(c).unsqueeze(1)   # (B,1,6C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin, cache)
+        x = x + gate1 * self.drop(y)
+        y = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2 * self.drop(y)
 
 
 class OutputLayer(nn.Module):
+    """The last norm, and the head `linear`, which the losses apply to a few tokens at a time."""
+
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
@@ -113,17 +151,25 @@ class OutputLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         if not config.causal:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * C)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation = adaLN(config.cond_dim, 2 * C)
+
+    def forward(self, x, c):
+        """What the head takes, (B,T,C)."""
+        x = self.norm_final(x)
+        if c is None:
+            return x
+        modulation = self.adaLN_modulation(c).unsqueeze(1)   # (B,1,2C)
+        shift, scale = modulation.chunk(2, dim=-1)
+        return modulate(x, shift, scale)
 
 
 class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % (2 * config.n_head):
-            raise SystemExit(f'n_embd ({config.n_embd}) must be a multiple of 2 * n_head ({2 * config.n_head}): '
-                             f'RoPE turns pairs of channels in every head')
+            raise UserError(
+                f'n_embd ({config.n_embd}) must be a multiple of 2 * n_head ({2 * config.n_head}): '
+                f'RoPE turns pairs of channels in every head')
         self.config = config
         self.vocab_embed = EmbeddingLayer(config.vocab_size, config.n_embd)
         if not config.causal:
@@ -137,25 +183,34 @@ class DiT(nn.Module):
     def hidden(self, x, sigma=None, weights=None, cache=None):
         """The trunk: everything before the head, (B,T,C).
 
-        x: ids (B,T); or ids (B,T,k) with weights (B,T,k), mixed in embedding space; or a float (B,T,K) distribution.
+        x: ids (B,T); or ids (B,T,k) with weights (B,T,k), mixed in embedding space; or a float
+        (B,T,K) distribution.
         sigma: (B,) or (B,1), -log(alpha); not used by a causal model.
-        cache: causal models only, a list of n_layer lists, empty at first: x then holds only the new tokens.
+        cache: causal models only, n_layer lists, empty at first: x then holds only the new tokens.
         """
         start = cache[0][0].size(2) if cache and cache[0] else 0
-        cos, sin = rotary(start, x.size(1), self.config.n_embd // self.config.n_head, x.device)
+        head_dim = self.config.n_embd // self.config.n_head
+        cos, sin = rotary_angles(start, x.size(1), head_dim, x.device)
         h = self.vocab_embed(x, weights)
-        c = None if self.config.causal else F.silu(self.sigma_map(sigma))  # (B,cond_dim)
+        c = None
+        if not self.config.causal:
+            c = F.silu(self.sigma_map(sigma))                # (B,cond_dim)
         for i, block in enumerate(self.blocks):
             h = block(h, c, cos, sin, cache and cache[i])
-        h = self.output_layer.norm_final(h)
-        if not self.config.causal:
-            shift, scale = self.output_layer.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-            h = h * (1 + scale) + shift
-        return h
+        return self.output_layer(h, c)
 
     def forward(self, x, sigma=None, weights=None, head=None):
-        """logits (B,T,K); or, with head, whatever head(h, weight, bias) makes of the trunk's output and the last
-        linear layer: the losses of diffusion.py never hold all the logits, and DDP wants to see it in here."""
+        """logits (B,T,K); or, with head, whatever head(h, weight, bias) makes of the trunk's output
+        and the last linear layer: so the losses of diffusion.py need not hold all logits, and DDP
+        sees every parameter in use."""
         h = self.hidden(x, sigma, weights)
         linear = self.output_layer.linear
-        return linear(h) if head is None else head(h, linear.weight, linear.bias)
+        if head is None:
+            return linear(h)
+        return head(h, linear.weight, linear.bias)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, weight by weight, in place."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -1,183 +1,380 @@
 """
-Denoise text out of pure noise, all words at once, with a model that train.py left in out_dir:
+Denoise text out of pure noise, all tokens at once, with a model that train.py left in out_dir:
 
-    python sample.py --steps 8                                     # 8 steps, and one call more for the last noise
-    python sample.py --prompt "def main():" --watch                # go on from a prompt; see the words settle
-    python sample.py --prompt "def f(x):" --suffix "    return y"  # fill in what stands between the two
-    python sample.py --prompts lines.txt --out texts.jsonl         # a prompt a line, a JSON object a text
-    python sample.py --html denoising.html                         # a page with a slider over the steps
+    python sample.py --steps 8                          # 8 network calls, and one for the last noise
+    python sample.py --prompt "def main():" --watch     # go on from a prompt; watch it denoise
+    python sample.py --prompt "def f(x):" --suffix "    return y"    # fill in between the two
+    python sample.py --prompts lines.txt --out texts.jsonl           # a prompt a line, JSON lines
+    python sample.py --html denoising.html              # a page with a slider over the steps
 
 or, in a notebook:
 
     from sample import load, generate
     model = load('out')
     print(generate(model, 'def main():', steps=32)[0])
-
-The samplers: 'ancestral' is the paper's; 'psi' (chapter II) also corrects words it has placed already, and wants many
-steps; 'commit' keeps the words it is sure of, a heuristic. --greedy ends any of them with the likeliest words.
 """
 import json
 import signal
+import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from checkpoint import export, load_model, pick_device, pick_dtype
-from configurator import configure
-from data import load_tokenizer
-from diffusion import blank, check_sampler, reverse_process
+from checkpoint import load_model
+from configurator import UserError, check, configure
+from data import Tokenizer, load_tokenizer
+from device import pick_device, pick_dtype
+from diffusion import (categorical, flatten_tokens, float64_device, head_chunks, masked_reverse_step,
+                       noise_schedule, reverse_step, time_of_alpha, top_p_filter)
+from model import DiT
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
-init_from = ''               # instead of out_dir: hf:org/name, a folder, or an official .ckpt
+init_from = ''               # instead of out_dir: another folder, or hf:org/name
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained, without averaging
-steps = 128                  # network calls in the loop; removing the last noise takes one more (AR: one a token)
 num_samples = 3              # texts, of each prompt
 length = 0                   # tokens in a text; 0: as many as the model was trained on
 prompt = ''                  # text to begin with; it stays as it is
 suffix = ''                  # text to end with; likewise
 prompts = ''                 # a file of prompts, one a line, instead
-# --- how
-sampler = 'ancestral'        # 'ancestral', 'psi', 'commit'; the last two are for a Duo
-psi = 'rescale'              # kind of psi: 'rescale', 'cap', 'constant', 'loop' (diffusion.sampling_schedule)
-eta = 0.0                    # how much psi re-noises; 0: as published, 0.05 for rescale, else 0.01
-settle = 0.1                 # commit: words whose prediction has less entropy (nats) stay; when all do, it ends
-temperature = 1.0            # of the network's softmax; below 1 is safer and duller
-top_p = 0.0                  # draw from the likeliest words that hold this much probability; 0: all of it, but as
-                             # published with psi, 0.9 (loop 0.95)
-greedy = False               # the greedy tail: the last call takes the likeliest words
 seed = 1337
+# --- how: the samplers' options, also eval.py's settings and generate()'s keywords
+SAMPLER_OPTIONS = dict(
+    sampler='ancestral',     # 'ancestral', the paper's; for a Duo also 'psi', which corrects itself
+    steps=128,               # network calls; the last noise takes one more (AR: one a token)
+    temperature=1.0,         # of the network's softmax; below 1 is safer and duller
+    top_p=0.0,               # draw from the likeliest tokens that hold this probability; 0: from
+                             # all, but with psi as published, 0.9 (loop 0.95)
+    greedy=False,            # the greedy tail: the last call takes the likeliest tokens
+    psi='rescale',           # kind of psi: 'rescale', 'cap', 'constant', 'loop'
+    eta=0.0,                 # how much psi re-noises; 0: as published, 0.05 for rescale, else 0.01
+)
 # --- where to
 watch = False                # show the first text while it denoises
-html = ''                    # a file for a page that shows the denoising (of the first batch), with a slider
-out = ''                     # a file to write the texts to, instead of printing them; *.jsonl gets JSON lines
-export_official = ''         # a new folder: write the model there as the authors' code reads it, and stop
+html = ''                    # a file for a page that shows the denoising (of the first batch)
+out = ''                     # a file for the texts, instead of printing them; *.jsonl: JSON lines
 batch_size = 16              # texts at a time
 device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
 compile = False              # torch.compile: pays for many samples
 
+PUBLISHED = {                # psi's eta and top_p, for 256 steps
+    'rescale': (0.05, 0.9),
+    'cap': (0.01, 0.9),
+    'constant': (0.01, 0.9),
+    'loop': (0.01, 0.95),
+}
+SAMPLER_CHECKS = [
+    ('steps', lambda v: v >= 1, 'at least 1'),
+    ('temperature', lambda v: v > 0, 'above 0'),
+    ('top_p eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
+    ('sampler', lambda v: v in SAMPLERS, 'ancestral or psi'),
+    ('psi', lambda v: v in PUBLISHED, 'rescale, cap, constant or loop'),
+]
+CHECKS = [
+    ('num_samples batch_size', lambda v: v >= 1, 'at least 1'),
+    ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
+    ('seed', lambda v: v >= 0, 'at least 0'),
+]
+
+
+class Loaded(NamedTuple):
+    model: DiT
+    tokenizer: Tokenizer
+    info: dict               # config.json's
+
 
 def load(where='out', weights='ema', device='auto'):
-    """-> (model, tokenizer, info): what generate() wants; info is config.json's dict. where: a folder, hf:org/name or
-    what else checkpoint.load_model takes."""
+    """What the functions below take. where: a folder of train.py's, or hf:org/name."""
     model, info = load_model(where, weights, pick_device(device))
-    return model, load_tokenizer(info['data'], info['folder']), info
+    return Loaded(model, load_tokenizer(info['data'], info['folder']), info)
+
+# --------------------------------------------------------------------------------------------------
+# the samplers: each yields xt (B,T) after every network call. step(xt, alpha, draw) is such a call
+# at noise level alpha, after which draw(logits (n,K), xt (n,)) -> (n,) picks the tokens
+
+def denoise_along(step, xt, alphas, kappas, greedy):
+    """Reverse steps from alphas[i] to alphas[i + 1] with kappas[i] (see reverse_step), then noise
+    removal: a step to alpha 1, or with greedy the likeliest tokens."""
+    alphas, kappas = alphas.tolist() + [1.0], kappas.tolist() + [1.0]
+    for i, kappa in enumerate(kappas):
+        draw = partial(reverse_step, alpha_s=alphas[i + 1], alpha_t=alphas[i], kappa=kappa)
+        if greedy and i == len(kappas) - 1:
+            draw = likeliest
+        xt = step(xt, alphas[i], draw)
+        yield xt
 
 
-def first_words(tokenizer, info, prompts, suffix='', length=0):
-    """xt (B,T) for B prompts, noise around them and the suffix, and where those stand: fixed, a mask of that shape.
-    Trained rows begin with bos and end with eos, so a given beginning or end has that word too."""
-    data, objective = info['data'], info['objective']
+def likeliest(logits, xt):
+    return logits.argmax(-1)
+
+
+def even_times(steps, eps=1e-5):
+    return torch.linspace(1, eps, steps + 1, dtype=torch.float64)
+
+
+def ancestral(step, xt, steps, greedy, **_):
+    """The paper's: each step draws from the reverse process (eq. 5) as the network has it."""
+    alphas = noise_schedule(even_times(steps))[0]
+    return denoise_along(step, xt, alphas, torch.ones(steps), greedy)
+
+
+def psi_alphas_kappas(steps, psi, eta):
+    """alphas (steps + 1) and kappas (steps) of the Psi-samplers. kappa = 1 - sigma / (1 - alpha_s),
+    within [0, 1], re-noises more the larger eta is:
+
+    rescale   sigma = eta min(eta, (1 - alpha_s)/alpha_t), as in the published code; that makes a
+              small eta eta squared, where the rule it is named after (ReMDM, arXiv 2503.00307) reads
+              eta min(1, (1 - alpha_s)/alpha_t)
+    cap       sigma = min(eta, (1 - alpha_s)/alpha_t)
+    constant  sigma = eta
+    loop      ancestral to alpha 0.9 in 45% of the steps, half of them there with sigma = eta, then
+              ancestral again
+    """
+    times = even_times(steps)
+    corrected = slice(None)
+    if psi == 'loop':
+        t = time_of_alpha(0.9)
+        before, during = round(0.45 * (steps + 1)), round(0.5 * (steps + 1))
+        after = steps + 1 - before - during
+        times = torch.cat([
+            torch.linspace(1, t, before, dtype=torch.float64),
+            torch.full((during,), t, dtype=torch.float64),
+            torch.linspace(t, 1e-5, after, dtype=torch.float64)])
+        corrected = slice(before, max(before, before + during - 1))
+    alphas = noise_schedule(times)[0]
+    alpha_t, alpha_s = alphas[:-1], alphas[1:]
+    capped = ((1 - alpha_s) / alpha_t).clamp(max=eta)
+    sigma = {'rescale': eta * capped, 'cap': capped}.get(psi, eta)
+    kappas = torch.ones(steps, dtype=torch.float64)
+    kappas[corrected] = (1 - sigma / (1 - alpha_s)).clamp(0, 1)[corrected]
+    return alphas, kappas
+
+
+def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
+    """Chapter II's (arXiv 2602.21185): each step noises some tokens again, so mistakes can go."""
+    alphas, kappas = psi_alphas_kappas(steps, psi, eta)
+    return denoise_along(step, xt, alphas, kappas, greedy)
+
+
+def unmask(step, xt, mask_id, steps, **_):
+    """MDLM's ancestral sampler: each step replaces some masks by tokens, which then stay."""
+    alphas = noise_schedule(even_times(steps))[0].tolist() + [1.0]
+    for alpha_t, alpha_s in zip(alphas, alphas[1:]):
+        draw = partial(masked_reverse_step, alpha_s=alpha_s, alpha_t=alpha_t, mask_id=mask_id)
+        xt = step(xt, 1.0, draw)             # that network is told no time: sigma = -log(1) = 0
+        yield xt
+
+
+SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
+
+
+def shape_logits(logits, temperature, top_p):
+    """logits (n,K) in float32 where a draw can use float64, at a temperature, cut to the nucleus."""
+    logits = logits.to(float64_device(logits.device)).float() / temperature
+    return top_p_filter(logits, top_p) if top_p < 1 else logits
+
+
+def generate_ar(model, xt, fixed, temperature, top_p, **_):
+    """Autoregressive sampling: yields xt (B,T) after each token, from left to right; the first
+    column is given, and so is what stands where fixed (B,T) is true. Keys and values are cached."""
+    cache = [[] for _ in model.blocks]
+    for i in range(1, xt.size(1)):
+        h = model.hidden(xt[:, i - 1:i], cache=cache)                      # (B,1,C)
+        logits = shape_logits(model.output_layer.linear(h[:, 0]), temperature, top_p)
+        token = categorical(logits.softmax(-1)).to(xt.device)              # (B,)
+        xt = xt.clone()
+        xt[:, i] = torch.where(fixed[:, i], xt[:, i], token)
+        yield xt
+
+
+@torch.no_grad()
+def denoise(loaded, xt, fixed=None, **options):
+    """Yields xt (B,T) after each network call. xt starts as sample_prior; what stands where fixed
+    (B,T) is true stays. options: those of SAMPLER_OPTIONS that shall differ."""
+    model, _, info = loaded
+    o = complete_options(info, **options)
+    linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
+    given = xt
+    if fixed is None:
+        fixed = torch.zeros_like(xt, dtype=torch.bool)
+    last = {}                                # the last call's input and trunk output
+
+    def step(xt, alpha, draw):
+        if alpha != last.get('alpha') or not torch.equal(xt, last['xt']):
+            sigma = -torch.log(torch.full((xt.size(0),), alpha, device=xt.device))
+            last.update(alpha=alpha, xt=xt, h=model.hidden(xt, sigma))     # (B,T,C)
+        h, x = flatten_tokens(last['h'], xt)                               # (B*T,C), (B*T,)
+        xs = torch.empty_like(x)
+        for rows, _, logits, [x_rows] in head_chunks(h, linear.weight, linear.bias, x):
+            logits = shape_logits(logits[:, :vocab_size], o['temperature'], o['top_p'])
+            xs[rows] = draw(logits, x_rows.to(logits.device)).to(x.device)
+        return torch.where(fixed, given, xs.view_as(xt))
+
+    if info['objective'] == 'ar':
+        yield from generate_ar(model, xt, fixed, **o)
+    elif info['objective'] == 'mdlm':
+        yield from unmask(step, xt, vocab_size, **o)
+    else:
+        yield from SAMPLERS[o['sampler']](step, xt, **o)
+
+
+def complete_options(info, **options):
+    """All of SAMPLER_OPTIONS, checked; where eta or top_p is 0, what was published for psi (at 256
+    steps), or no nucleus."""
+    if unknown := sorted(options.keys() - SAMPLER_OPTIONS.keys()):
+        raise UserError(f'{unknown[0]} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
+    o = SAMPLER_OPTIONS | options
+    check(o, SAMPLER_CHECKS)
+    if o['sampler'] != 'ancestral' and info['objective'] != 'duo':
+        raise UserError(f'--sampler={o["sampler"]} is for a Duo; this model is {info["objective"]}')
+    eta, top_p = PUBLISHED[o['psi']]
+    o['eta'] = o['eta'] or eta
+    o['top_p'] = o['top_p'] or (top_p if o['sampler'] == 'psi' else 1.0)
+    return o
+
+
+def describe_sampler(info, **options):
+    """The options that are not the default ones, in a few words."""
+    o = complete_options(info, **options)
+    changed = [f'{name} {o[name]}' for name, default in complete_options(info).items()
+               if o[name] != default and name not in ('steps', 'temperature')]
+    return ', '.join(changed) or 'ancestral'
+
+# --------------------------------------------------------------------------------------------------
+# texts
+
+def sample_prior(info, shape, device='cpu'):
+    """What sampling starts from, ids (B,T): uniformly random tokens, all masks (MDLM), or for AR the
+    token that begins a text."""
+    data = info['data']
+    if info['objective'] == 'duo':
+        return torch.randint(data['vocab_size'], shape, device=device)
+    start = data['vocab_size'] if info['objective'] == 'mdlm' else data['bos_id']
+    return torch.full(shape, start, device=device)
+
+
+def start_tokens(loaded, prompts, suffix='', length=0):
+    """xt (B,T) for B prompts, noise around them and the suffix, and fixed (B,T), true where those
+    stand. Rows in training begin with bos and end with eos, so a given beginning or end has it too.
+    """
+    model, tokenizer, info = loaded
+    data = info['data']
     length = length or info['model']['block_size']
-    if suffix and objective == 'ar':
-        raise SystemExit('an autoregressive model cannot look ahead to a --suffix: it takes a --prompt only')
-    x = blank(objective, (len(prompts), length), data['vocab_size'], data['bos_id'])
-    fixed = torch.zeros_like(x, dtype=torch.bool)
+    if suffix and info['objective'] == 'ar':
+        raise UserError('an autoregressive model cannot look ahead to a suffix: give a prompt only')
+    xt = sample_prior(info, (len(prompts), length))
+    fixed = torch.zeros_like(xt, dtype=torch.bool)
     end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
     for row, prompt in enumerate(prompts):
         begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
-        if len(begin) + len(end) >= length:
-            raise SystemExit(f'prompt and suffix take {len(begin) + len(end)} tokens of {length}: shorten them, or '
-                             'give a larger --length')
-        for place, ids in ((slice(0, len(begin)), begin), (slice(length - len(end), length), end)):
-            x[row, place], fixed[row, place] = torch.tensor(ids, dtype=torch.long), True
-    return x, fixed
-
-
-def frames(loaded, prompts=('',), suffix='', length=0, steps=128, **how):
-    """Yields xt (B,T), a row for each of B prompts, as noise and then after each network call. how: temperature, top_p,
-    greedy, sampler, psi, eta, settle, as in diffusion.reverse_process."""
-    model, tokenizer, info = loaded
-    how['eta'], how['top_p'] = check_sampler(info['objective'], **how)
+        n = len(begin) + len(end)
+        if n >= length:
+            raise UserError(f'prompt and suffix take {n} tokens of {length}: shorten them, or give a '
+                            'larger --length')
+        xt[row, :len(begin)] = torch.tensor(begin, dtype=torch.long)
+        xt[row, length - len(end):] = torch.tensor(end, dtype=torch.long)
+        fixed[row, :len(begin)] = True
+        fixed[row, length - len(end):] = True
     device = model.output_layer.linear.weight.device
-    x, fixed = (v.to(device) for v in first_words(tokenizer, info, prompts, suffix, length))
-    yield x
-    yield from reverse_process(model, x, info['objective'], info['data']['vocab_size'], steps, fixed, **how)
+    return xt.to(device), fixed.to(device)
 
 
-def generate(loaded, prompt='', num_samples=1, **how):
-    """A list of num_samples texts that begin with prompt. loaded: load(...). how: suffix, length (tokens), steps, and
-    what else frames() takes; torch.manual_seed(...) first makes it repeatable."""
-    *_, x = frames(loaded, [prompt] * num_samples, **how)
-    return [loaded[1].decode(row) for row in x.tolist()]
+def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
+    """A list of num_samples texts that begin with prompt and end with suffix. loaded: load(...).
+    length: in tokens. options: SAMPLER_OPTIONS. torch.manual_seed(...) first makes it repeatable."""
+    xt, fixed = start_tokens(loaded, [prompt] * num_samples, suffix, length)
+    for xt in denoise(loaded, xt, fixed, **options):
+        pass
+    return [loaded.tokenizer.decode(row) for row in xt.tolist()]
 
+# --------------------------------------------------------------------------------------------------
+# the script
 
-def page(tokenizer, xts, calls):
-    """The denoising xts, a list of (B,T), as one HTML page that needs nothing else: assets/denoise.html with the data
-    in it. Each place of a text holds its words and when they came: [frame, word, frame, word, ...]."""
-    words, texts = {}, []
-    for row in torch.stack(xts, dim=-1).tolist():                     # (B,T,frames)
-        texts.append([[n for i, word in enumerate(place) if i == 0 or word != place[i - 1]
-                       for n in (i, words.setdefault(word, len(words)))] for place in row])
-    data = dict(words=[tokenizer.decode([word]) for word in words], texts=texts, frames=len(xts), title=calls)
+def denoising_page(tokenizer, frames, title):
+    """The denoising frames, a list of xt (B,T), as one HTML page that needs nothing else:
+    assets/denoise.html with the data in it."""
+    ids, texts = torch.stack(frames, dim=1).unique(return_inverse=True)    # (n,), (B,frames,T)
+    tokens = [tokenizer.decode([i]) for i in ids.tolist()]
+    data = json.dumps(dict(tokens=tokens, texts=texts.tolist(), title=title))
     template = (Path(__file__).parent / 'assets' / 'denoise.html').read_text(encoding='utf-8')
-    return template.replace('"DATA"', json.dumps(data).replace('<', '\\u003c'))   # no text may end the script
+    return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
-def write_text(name, path, text):
+def write_text(setting, path, text):
     try:
         Path(path).write_text(text, encoding='utf-8')
-    except OSError as e:
-        raise SystemExit(f'cannot write --{name}={path}: {e.strerror}')
+    except OSError as error:
+        raise UserError(f'cannot write --{setting}={path}: {error.strerror}')
+
+
+def read_prompts(path):
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read --prompts={path}: {error}')
+    if not lines:
+        raise UserError(f'--prompts={path} has no lines')
+    return lines
+
+
+def main():
+    globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                           # Ctrl-C is no error
+    options = {name: globals()[name] for name in SAMPLER_OPTIONS}
+    where = init_from or out_dir
+    loaded = load(where, weights, device)
+    model, tokenizer, info = loaded
+    autocast = pick_dtype(dtype, pick_device(device))[1]
+    name = describe_sampler(info, **options)
+    if prompts and prompt:
+        raise UserError(f'--prompts={prompts} and --prompt: give one of them')
+    lines = read_prompts(prompts) if prompts else [prompt]
+    lines = [line for line in lines for _ in range(num_samples)]
+    if compile and info['objective'] != 'ar':            # an AR text grows: every length would compile
+        model.hidden = torch.compile(model.hidden)
+
+    torch.manual_seed(seed)
+    began = time.time()
+    texts, frames, calls = [], [], 0
+    noise, fixed = start_tokens(loaded, lines, suffix, length)
+    for i in range(0, len(lines), batch_size):
+        rows = slice(i, i + batch_size)
+        batch = [noise[rows]]
+        with autocast:
+            for xt in denoise(loaded, noise[rows], fixed[rows], **options):
+                calls += 1
+                if watch:                                # clear the terminal, write the text
+                    text = tokenizer.decode(xt[0].tolist())
+                    print(f'\x1b[H\x1b[2J{text}\n\n[call {calls}]', flush=True)
+                if html and i == 0:
+                    batch.append(xt)
+        frames = frames or batch
+        texts += [tokenizer.decode(row) for row in xt.tolist()]
+    seconds = time.time() - began
+
+    if html:
+        page = denoising_page(tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
+        write_text('html', html, page)
+    rule = '-' * 80
+    if out.endswith('.jsonl'):
+        records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
+        write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+    elif out:
+        write_text('out', out, ''.join(f'{text}\n{rule}\n' for text in texts))
+    else:
+        for text in texts:
+            print(rule, text, sep='\n')
+        print(rule)
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
+          f'{seconds:.1f} s')
 
 
 if __name__ == '__main__':
-    globals().update(configure(globals()))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
-    for name, value, good in (('steps', steps, steps > 0), ('num_samples', num_samples, num_samples > 0),
-                              ('batch_size', batch_size, batch_size > 0), ('settle', settle, settle >= 0),
-                              ('length', length, length == 0 or length > 1), ('seed', seed, seed >= 0),
-                              ('temperature', temperature, temperature > 0), ('eta', eta, 0 <= eta <= 1),
-                              ('top_p', top_p, 0 <= top_p <= 1)):
-        if not good:
-            raise SystemExit(f'--{name}={value} makes no sense: see --help')
-    device = pick_device(device)
-    dtype, autocast = pick_dtype(dtype, device)
-    if export_official:
-        raise SystemExit(export(*load_model(init_from or out_dir, weights), export_official))
-    model, tokenizer, info = loaded = load(init_from or out_dir, weights, device)
-    eta, top_p = check_sampler(info['objective'], sampler, psi, eta, top_p)
-    lines = [prompt]
-    if prompts:
-        try:
-            lines = Path(prompts).read_text(encoding='utf-8').splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise SystemExit(f'cannot read --prompts={prompts}: {e}')
-        if prompt or not lines:
-            raise SystemExit(f'--prompts={prompts} ' + ('and --prompt: give one of them' if prompt else 'has no lines'))
-    lines = [line for line in lines for _ in range(num_samples)]
-    first_words(tokenizer, info, lines, suffix, length)                 # too long a line should not wait for its batch
-    if compile and info['objective'] != 'ar':  # a text that grows would be compiled at every word
-        model.hidden = torch.compile(model.hidden)
-    torch.manual_seed(seed)
-
-    began, texts, calls, shown = time.time(), [], 0, []
-    for i in range(0, len(lines), batch_size):
-        with autocast:
-            for call, x in enumerate(frames(loaded, lines[i:i + batch_size], suffix, length, steps, sampler=sampler,
-                                            psi=psi, eta=eta, settle=settle, temperature=temperature, top_p=top_p,
-                                            greedy=greedy)):
-                if watch:  # clear the terminal, write the text
-                    print(f'\x1b[H\x1b[2J{tokenizer.decode(x[0].tolist())}\n\n[call {call}]', flush=True)
-                if html and i == 0:
-                    shown.append(x.cpu())
-        texts += [tokenizer.decode(row) for row in x.tolist()]
-        calls += call
-    seconds = time.time() - began
-    if html:
-        write_text('html', html, page(tokenizer, shown, f'{init_from or out_dir}: {len(shown) - 1} network calls'))
-    if out.endswith('.jsonl'):
-        records = (dict(prompt=line, text=text) for line, text in zip(lines, texts))
-        write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
-    elif out:
-        write_text('out', out, ''.join(f'{text}\n{"-" * 80}\n' for text in texts))
-    else:
-        for text in texts:
-            print('-' * 80, text, sep='\n')
-        print('-' * 80)
-    name = {'psi': f'psi {psi}, eta {eta:g}', 'commit': f'commit below {settle:g} nats'}.get(sampler, sampler)
-    name += f', top-p {top_p:g}' * (top_p < 1) + ', greedy tail' * greedy
-    how = f' ({name})' if info['objective'] != 'ar' else ''
-    print(f'{calls} network calls for {len(texts)} texts of {x.size(1)} tokens{how}: {seconds:.1f} s')
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,68 @@
+"""Where a script runs: the device, its number format, and one process or many."""
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+control = None               # the group by which the processes agree on what to do
+
+
+def pick_device(device):
+    """'auto' -> the best there is; any other name is checked."""
+    if device == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    known = ['cpu']
+    if torch.backends.mps.is_available():
+        known += ['mps']
+    if torch.cuda.is_available():
+        known += ['cuda', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+    if device not in known:
+        raise UserError(f"--device={device}: torch sees {', '.join(known)}; 'auto' takes the best")
+    return device
+
+
+def pick_dtype(dtype, device):
+    """-> dtype's name, autocast context. 'auto': bf16 where the GPU has it, else fp16; off the GPU
+    float32."""
+    device_type = device.split(':')[0]
+    if dtype == 'auto' and device_type != 'cuda':
+        dtype = 'float32'
+    elif dtype == 'auto':  # a T4 only emulates bf16, so torch.cuda.is_bf16_supported() is no answer
+        dtype = 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f"--dtype={dtype}: must be 'float32', 'bfloat16', 'float16' or 'auto'")
+    if dtype == 'float32':
+        return dtype, nullcontext()
+    return dtype, torch.autocast(device_type, getattr(torch, dtype))
+
+
+def start_distributed(device, backend='nccl'):
+    """-> this process's device, rank and world size; under torchrun the processes are joined."""
+    if 'RANK' not in os.environ:
+        return device, 0, 1
+    if device.startswith('cuda'):
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    else:
+        backend = 'gloo'
+    dist.init_process_group(backend)
+    global control
+    control = dist.new_group(backend='gloo')             # does not wait for the GPU
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def largest_of_ranks(number):
+    """The largest of all processes' numbers; where a process has died, the others notice it here."""
+    if control is None:
+        return number
+    largest = torch.tensor(number)
+    try:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
+    except RuntimeError:
+        raise UserError(f'rank {dist.get_rank()}: another process has ended; its message comes first')
+    return largest.item()
