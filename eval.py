@@ -4,7 +4,7 @@ Evaluate a model: the negative log-likelihood of held-out text, or a judge's vie
     python eval.py --out_dir=out --draws=4                     # NLL, BPD, PPL, their standard error
     torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo  # the same, shared by 8 processes
     python eval.py --dataset=ptb                               # on another data set: zero-shot
-    python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR model of ours
+    python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR run
     python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by one of the Hugging Face hub
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from checkpoint import load_model
 from configurator import UserError, configure
-from data import get_rows, load_data, num_rows, same_tokenizer, tokens_per_row
+from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
-from diffusion import cross_entropy, evaluate, mean_and_error, noise_schedule, token_nll
+from diffusion import cross_entropy, evaluate, noise_schedule, token_nll
 from sample import CHECKS as SAMPLE_CHECKS
 from sample import SAMPLER_OPTIONS, denoise, describe_sampler, load, sample_prior
 
@@ -94,21 +94,17 @@ def likelihood(model, info, device, rank, world):
     n = len(rows) * n_draws
     order = np.random.default_rng(seed).permutation(n)
 
-    def fetch(numbers):
-        x0 = get_rows(data[split], rows[order[numbers] % len(rows)], block_size, meta)
-        return torch.from_numpy(x0).to(device)
+    def get_rows(numbers):
+        return get_batch(data[split], rows[order[numbers] % len(rows)], block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    each = evaluate(model, objective, vocab_size, fetch, n, batch_size, meta['pad_id'], device,
+    nats = evaluate(model, objective, vocab_size, get_rows, n, batch_size, meta['pad_id'], device,
                     rank, world)
-    each = each[np.argsort(order)].view(n_draws, len(rows)).mean(0)
-    nll, error = mean_and_error(each)
-    # 3. UNITS
-    bits = nll / math.log(2)
-    ppl = math.exp(min(nll, 99))
-    tokens = tokens_per_row(data[split], rows, block_size)
-    bytes_per_row = tokens * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
-    scored = tokens + 1 if objective == 'ar' else tokens + 2     # eos; bos is given to AR
+    nats = nats[np.argsort(order)].view(n_draws, len(rows)).mean(0)
+    line, figures = likelihood_figures(nats, objective, data[split], rows, block_size, meta, split)
+    if rank == 0:
+        bound = '' if objective == 'ar' else 'at most '
+        print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
     result = dict(
         out_dir=out_dir,
         objective=objective,
@@ -116,19 +112,13 @@ def likelihood(model, info, device, rank, world):
         split=split,
         rows=len(rows),
         draws=n_draws,
-        nll=nll,
-        error=error,
-        bpd=bits,
-        ppl=ppl,
-        ppl_error=ppl * error,
-        bits_per_byte=bits * scored / bytes_per_row,
+        nll=figures.pop('loss'),
+        bits_per_byte=figures.pop('bpb'),
+        ppl_error=figures['ppl'] * figures['error'],
+        **figures,
     )
     if objective == 'duo':
         result['prior_term'] = prior_term(vocab_size)
-    if rank == 0:
-        print(f'{len(rows)} rows of {name}/{split}: {"" if objective == "ar" else "at most "}'
-              f'{nll:.4f} +- {error:.4f} nats per token, {bits:.4f} bits, PPL {ppl:.2f} +- '
-              f'{ppl * error:.2f}, {result["bits_per_byte"]:.4f} bits per byte')
     return result
 
 
@@ -145,7 +135,7 @@ def diversity(rows):
 
 
 def our_judge(folder, info, device):
-    """-> score(rows): the mean nats per token of rows (N,T), by an AR model of this project."""
+    """-> score(rows): the mean nats per token of rows (N,T), by the AR model of a run."""
     judge, about = load_model(folder, device=device)
     if about['objective'] != 'ar':
         raise UserError(f'--gen_ppl={folder} holds {about["objective"]}: a judge is autoregressive')
@@ -169,7 +159,7 @@ def hub_judge(name, tokenizer, eos_id, device):
         hub_tokenizer = AutoTokenizer.from_pretrained(name)
         judge = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f'--gen_ppl={name}: no run of ours, nor can transformers load it ({error})')
+        raise UserError(f'--gen_ppl={name}: no run here, and transformers cannot load it ({error})')
     window = getattr(judge.config, 'max_position_embeddings', 1024)
 
     @torch.no_grad()
