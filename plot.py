@@ -9,11 +9,10 @@ Pictures of runs:
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
-import matplotlib
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -23,7 +22,6 @@ STYLE = {
     'axes.grid': True,
     'axes.grid.which': 'both',
     'grid.alpha': 0.3,
-    'legend.frameon': False,
     'figure.constrained_layout.use': True,
     'savefig.dpi': 120,
 }
@@ -33,7 +31,7 @@ def read_records(out_dir, name, advice):
     """The JSON lines of a file."""
     path = Path(out_dir, name)
     try:
-        return [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read {path} ({error}): {advice}')
 
@@ -43,7 +41,7 @@ def read_run(out_dir):
     records = read_records(out_dir, 'log.jsonl', 'name the folder of a run of train.py')
     if not any('val_loss' in r for r in records):
         raise UserError(f'{out_dir} has no validation yet: let it run on')
-    info = json.loads(Path(out_dir, 'config.json').read_text('utf-8'))
+    info = json.loads(Path(out_dir, 'config.json').read_text())
     return info['settings'], records
 
 
@@ -76,7 +74,7 @@ def draw_curve(out_dir):
     )
     if settings['objective'] == 'duo':
         end = settings['curriculum_frac'] * settings['max_iters']
-        ax.axvline(end, label='end of the curriculum', color='gray', ls='--')
+        ax.axvline(end, label='end of the curriculum', ls='--')
     ax.set(xlabel='step', ylabel='nats per token', title=settings['dataset'])
     ax.legend()
     save(fig, out_dir, 'curve.png')
@@ -109,7 +107,7 @@ def draw_text(ax, tokenizer, ids, final, width=90, height=16):
         ax.text(
             column,
             row,
-            text,
+            re.sub(r'[\x00-\x1f]', '·', text),
             color='#1b2631' if token == last else '#d98880',
             family='monospace',
             fontsize=8.5,
@@ -166,6 +164,7 @@ def main():
     parser.add_argument('--denoise', action='store_true')
     parser.add_argument('--gen', action='store_true')
     args = parser.parse_args()
+    plt.switch_backend('agg')            # writes files, needs no display
     plt.rcParams.update(STYLE)
     if args.gen:
         draw_gen(args.runs)
