@@ -1,5 +1,5 @@
-"""The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with them,
-and bench.py measures what they cost."""
+"""The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with
+them, and bench.py measures what they cost."""
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +27,7 @@ def gaussian_latent(x0, gamma, noise):
 
 
 def literal_loss(model, x0, u, vocab_size, window=None, tau=1e-3):
-    """One micro-batch's loss, by the discrete process or, with a window of gammas, in the curriculum."""
+    """One micro-batch's loss by the discrete process or, with a window of gammas, the curriculum."""
     if window is None:
         alpha, dalpha = (v.float() for v in noise_schedule(1e-3 + (1 - 1e-3) * u))
         x = xt = q_sample(x0, alpha, vocab_size)
@@ -57,7 +57,7 @@ def literal_distillation(model, teacher, x0, u, vocab_size, delta=1 / 512):
 
 
 def literal_reverse(logits, xt, alpha_s, alpha_t):
-    """Eq. 5: the whole posterior in float64, then Gumbel noise for every token of the vocabulary."""
+    """Eq. 5: the whole posterior in float64, then Gumbel noise for all K tokens."""
     p, K, a_ts = logits.double().softmax(-1), logits.size(-1), alpha_t / alpha_s
     here = F.one_hot(xt, K)
     q = here * (K * alpha_t * p + a_ts - alpha_t) + (alpha_s - alpha_t) * p
