@@ -317,7 +317,7 @@ def export(model, info, folder):
 MEASURED = '<!-- train.py writes what stands below this line, anew with every run -->'
 
 
-def write_card(out_dir, chosen, arguments, world):
+def write_card(out_dir, arguments, world, chosen={}):
     """out_dir/README.md. chosen: the settings that are not train.py's own; arguments: train.py's; world: processes."""
     folder = Path(out_dir)
     info, card = json.loads((folder / 'config.json').read_text()), folder / 'README.md'

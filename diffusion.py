@@ -28,6 +28,10 @@ def float64_device(device):
     return torch.device(device)
 
 
+def float32_on(device, *values):
+    return [v.float().to(device) for v in values]
+
+
 def float32_at_least(dtype):
     return torch.promote_types(dtype, torch.float32)
 
@@ -164,6 +168,17 @@ def coupled_pair(x0, gamma_t, gamma_s, vocab_size):
         return torch.where(stays.to(x0.device), x0, other)
     return argmax(gamma_t), argmax(gamma_s)
 
+
+def consistency_pair(x0, u, delta, vocab_size):
+    """What distillation compares (Algorithm 1): zt (B,T), noisy, for the student, and zs (B,T) of
+    the same Gaussian path, less noisy by the time delta, for the teacher; then the sigmas (B,1) of
+    both. gamma is linear in t, from -4 to -1."""
+    t = (T_MIN + (1 - T_MIN) * u + delta).clamp(max=1)                        # (B,1) float64
+    gamma_t, gamma_s = -4 + 3 * t, -4 + 3 * (t - delta)
+    zt, zs = coupled_pair(x0, gamma_t, gamma_s, vocab_size)
+    alpha_t, alpha_s = transform(gamma_t, vocab_size)[0], transform(gamma_s, vocab_size)[0]
+    return zt, zs, *float32_on(x0.device, -alpha_t.log(), -alpha_s.log())
+
 # --------------------------------------------------------------------------------------------------
 # losses: (logits (...,K), ids and alphas (...)) -> nats (...)
 
@@ -201,7 +216,7 @@ def nelbo(logits, xt, x0, alpha, dalpha):
 
 def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale):
     """nelbo (...), and scale (...) times its gradient by the logits (...,K) in closed form: the
-    same numbers as autograd's, in fewer passes over K. The first half repeats nelbo step by step."""
+    same numbers as autograd's, in fewer passes over K. The first half repeats nelbo."""
     K = logits.size(-1)
     p = logits.softmax(-1, dtype=float32_at_least(logits.dtype))
     low = 1 - alpha
@@ -360,11 +375,11 @@ def token_nll(model, x0, t, vocab_size, objective='duo'):
     if objective == 'ar':
         head = partial(head_losses, loss_fn=cross_entropy, args=[x0[:, 1:]])
         return model(x0[:, :-1], head=head)
-    alpha, dalpha = noise_schedule(t)
-    alpha, dalpha = alpha.float().to(x0.device), dalpha.float().to(x0.device)
+    alpha, dalpha = float32_on(x0.device, *noise_schedule(t))
     xt, sigma = corrupt(x0, alpha, vocab_size, objective)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
-    return model(xt, sigma, head=partial(head_losses, loss_fn=loss_fn, args=[xt, x0, alpha, dalpha]))
+    args = [xt, x0, alpha, dalpha]
+    return model(xt, sigma, head=partial(head_losses, loss_fn=loss_fn, args=args))
 
 
 @torch.no_grad()

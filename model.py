@@ -38,7 +38,7 @@ class EmbeddingLayer(nn.Module):
         nn.init.uniform_(self.embedding, -n_embd ** -0.5, n_embd ** -0.5)
 
     def forward(self, x, weights=None):
-        if x.is_floating_point():                     # (B,T,K) @ (K,C): a whole distribution over tokens
+        if x.is_floating_point():                     # (B,T,K) @ (K,C): a distribution over tokens
             return x @ self.embedding
         if weights is None:
             return F.embedding(x, self.embedding)     # (B,T) -> (B,T,C)
@@ -115,7 +115,7 @@ class Block(nn.Module):
         q = rotate_half(q, cos, sin)
         k = rotate_half(k, cos, sin)
         is_causal = self.causal and not cache
-        if cache:                                            # keys and values of the tokens before these
+        if cache:                                            # keys and values of earlier tokens
             k = torch.cat([cache[0], k], dim=2)
             v = torch.cat([cache[1], v], dim=2)
         if cache is not None:

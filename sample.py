@@ -1,11 +1,11 @@
 """
 Denoise text out of pure noise, all tokens at once, with a model that train.py left in out_dir:
 
-    python sample.py --steps 8                          # 8 network calls, and one for the last noise
-    python sample.py --prompt "def main():" --watch     # go on from a prompt; watch it denoise
+    python sample.py --steps 8                       # 8 network calls, and one for the last noise
+    python sample.py --prompt "def main():" --watch  # go on from a prompt; watch it denoise
     python sample.py --prompt "def f(x):" --suffix "    return y"    # fill in between the two
     python sample.py --prompts lines.txt --out texts.jsonl           # a prompt a line, JSON lines
-    python sample.py --html denoising.html              # a page with a slider over the steps
+    python sample.py --html denoising.html           # a page with a slider over the steps
 
 or, in a notebook:
 
@@ -27,8 +27,8 @@ from checkpoint import load_model
 from configurator import UserError, check, configure
 from data import Tokenizer, load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, flatten_tokens, float64_device, head_chunks, masked_reverse_step,
-                       noise_schedule, reverse_step, time_of_alpha, top_p_filter)
+from diffusion import (categorical, flatten_tokens, float64_device, head_chunks, noise_schedule,
+                       masked_reverse_step, reverse_step, time_of_alpha, top_p_filter)
 from model import DiT
 
 # --- what to sample
@@ -55,10 +55,10 @@ SAMPLER_OPTIONS = dict(
 # --- where to
 watch = False                # show the first text while it denoises
 html = ''                    # a file for a page that shows the denoising (of the first batch)
-out = ''                     # a file for the texts, instead of printing them; *.jsonl: JSON lines
+out = ''                     # a file for the texts as JSON lines, instead of printing them
 batch_size = 16              # texts at a time
 device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
-dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
+dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 compile = False              # torch.compile: pays for many samples
 
 PUBLISHED = {                # psi's eta and top_p, for 256 steps
@@ -126,9 +126,9 @@ def psi_alphas_kappas(steps, psi, eta):
     """alphas (steps + 1) and kappas (steps) of the Psi-samplers. kappa = 1 - sigma / (1 - alpha_s),
     within [0, 1], re-noises more the larger eta is:
 
-    rescale   sigma = eta min(eta, (1 - alpha_s)/alpha_t), as in the published code; that makes a
-              small eta eta squared, where the rule it is named after (ReMDM, arXiv 2503.00307) reads
-              eta min(1, (1 - alpha_s)/alpha_t)
+    rescale   sigma = eta min(eta, (1 - alpha_s)/alpha_t), as in the published code, where the
+              rule it is named after (ReMDM, arXiv 2503.00307) has min(1, ...): a small eta
+              becomes eta squared
     cap       sigma = min(eta, (1 - alpha_s)/alpha_t)
     constant  sigma = eta
     loop      ancestral to alpha 0.9 in 45% of the steps, half of them there with sigma = eta, then
@@ -173,7 +173,7 @@ SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
 
 
 def shape_logits(logits, temperature, top_p):
-    """logits (n,K) in float32 where a draw can use float64, at a temperature, cut to the nucleus."""
+    """logits (n,K) at a temperature, cut to the nucleus, where a draw can use float64."""
     logits = logits.to(float64_device(logits.device)).float() / temperature
     return top_p_filter(logits, top_p) if top_p < 1 else logits
 
@@ -201,13 +201,10 @@ def denoise(loaded, xt, fixed=None, **options):
     given = xt
     if fixed is None:
         fixed = torch.zeros_like(xt, dtype=torch.bool)
-    last = {}                                # the last call's input and trunk output
 
     def step(xt, alpha, draw):
-        if alpha != last.get('alpha') or not torch.equal(xt, last['xt']):
-            sigma = -torch.log(torch.full((xt.size(0),), alpha, device=xt.device))
-            last.update(alpha=alpha, xt=xt, h=model.hidden(xt, sigma))     # (B,T,C)
-        h, x = flatten_tokens(last['h'], xt)                               # (B*T,C), (B*T,)
+        sigma = -torch.log(torch.full((xt.size(0),), alpha, device=xt.device))
+        h, x = flatten_tokens(model.hidden(xt, sigma), xt)                 # (B*T,C), (B*T,)
         xs = torch.empty_like(x)
         for rows, _, logits, [x_rows] in head_chunks(h, linear.weight, linear.bias, x):
             logits = shape_logits(logits[:, :vocab_size], o['temperature'], o['top_p'])
@@ -248,8 +245,8 @@ def describe_sampler(info, **options):
 # texts
 
 def sample_prior(info, shape, device='cpu'):
-    """What sampling starts from, ids (B,T): uniformly random tokens, all masks (MDLM), or for AR the
-    token that begins a text."""
+    """What sampling starts from, ids (B,T): uniformly random tokens, all masks (MDLM), or for AR
+    the token that begins a text."""
     data = info['data']
     if info['objective'] == 'duo':
         return torch.randint(data['vocab_size'], shape, device=device)
@@ -266,26 +263,25 @@ def start_tokens(loaded, prompts, suffix='', length=0):
     length = length or info['model']['block_size']
     if suffix and info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead to a suffix: give a prompt only')
-    xt = sample_prior(info, (len(prompts), length))
-    fixed = torch.zeros_like(xt, dtype=torch.bool)
     end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
-    for row, prompt in enumerate(prompts):
+    rows = []
+    for prompt in prompts:
         begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
-        n = len(begin) + len(end)
-        if n >= length:
-            raise UserError(f'prompt and suffix take {n} tokens of {length}: shorten them, or give a '
-                            'larger --length')
-        xt[row, :len(begin)] = torch.tensor(begin, dtype=torch.long)
-        xt[row, length - len(end):] = torch.tensor(end, dtype=torch.long)
-        fixed[row, :len(begin)] = True
-        fixed[row, length - len(end):] = True
+        n_free = length - len(begin) - len(end)
+        if n_free < 1:
+            raise UserError(f'prompt and suffix take {length - n_free} tokens of {length}: shorten '
+                            'them, or give a larger --length')
+        rows.append(begin + [-1] * n_free + end)
+    known = torch.tensor(rows)
+    fixed = known >= 0
+    xt = torch.where(fixed, known, sample_prior(info, known.shape))
     device = model.output_layer.linear.weight.device
     return xt.to(device), fixed.to(device)
 
 
 def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
-    """A list of num_samples texts that begin with prompt and end with suffix. loaded: load(...).
-    length: in tokens. options: SAMPLER_OPTIONS. torch.manual_seed(...) first makes it repeatable."""
+    """A list of num_samples texts that begin with prompt and end with suffix. loaded: load(...);
+    length: in tokens; options: SAMPLER_OPTIONS. torch.manual_seed(...) makes it repeatable."""
     xt, fixed = start_tokens(loaded, [prompt] * num_samples, suffix, length)
     for xt in denoise(loaded, xt, fixed, **options):
         pass
@@ -334,7 +330,7 @@ def main():
         raise UserError(f'--prompts={prompts} and --prompt: give one of them')
     lines = read_prompts(prompts) if prompts else [prompt]
     lines = [line for line in lines for _ in range(num_samples)]
-    if compile and info['objective'] != 'ar':            # an AR text grows: every length would compile
+    if compile and info['objective'] != 'ar':            # AR would compile every length
         model.hidden = torch.compile(model.hidden)
 
     torch.manual_seed(seed)
@@ -359,16 +355,13 @@ def main():
     if html:
         page = denoising_page(tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
         write_text('html', html, page)
-    rule = '-' * 80
-    if out.endswith('.jsonl'):
+    if out:
         records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
         write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
-    elif out:
-        write_text('out', out, ''.join(f'{text}\n{rule}\n' for text in texts))
     else:
         for text in texts:
-            print(rule, text, sep='\n')
-        print(rule)
+            print('-' * 80, text, sep='\n')
+        print('-' * 80)
     print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
           f'{seconds:.1f} s')
 

@@ -1,5 +1,5 @@
 """
-Train Duo, a language model that denoises all its tokens at once. As it stands this is a laptop demo:
+Train Duo, a language model that denoises all its tokens at once. Without arguments, a laptop demo:
 
     python train.py                                           # a few minutes on two CPU cores
     python train.py config/stdlib_gpu.py                      # a larger one, on a GPU
@@ -33,8 +33,9 @@ from configurator import UserError, configure
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
 from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
-from diffusion import (T_MIN, corrupt, coupled_pair, cross_entropy, evaluate, head_loss, mdlm_nelbo,
-                       nelbo, noise_schedule, soft_tokens, stratified_times, teacher_kl, transform)
+from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, float32_on,
+                       head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
+                       teacher_kl, transform)
 from model import DiT, DiTConfig, update_ema
 
 # --- files and intervals, in steps
@@ -145,15 +146,12 @@ def loss_of(objective, vocab_size):
     return nelbo
 
 
-def float32_on(device, *values):
-    return [v.float().to(device) for v in values]
-
-
 def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=None, grad_scale=1.0):
     """A scalar. x0 (B,T) clean ids; u (B,1) float64 in [0,1), stratified; loss_fn: loss_of(...);
     mask (B,T) or None: the weights of the tokens.
 
-    Duo has two ways to make the noise, the curriculum's and the discrete one, and one loss.
+    Duo has two ways to make the noise, the curriculum's and the discrete one, and one loss. Its
+    distillation compares with the teacher instead (Algorithm 1).
     """
     # 1. NOISE: how much, and which tokens
     sigma, weights = None, None
@@ -161,8 +159,11 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         x, args = x0[:, :-1], [x0[:, 1:]]
         mask = mask if mask is None else mask[:, 1:]
     elif objective == 'dcd':
-        x, sigma, h = consistency_pair(teacher, x0, u, step, vocab_size)
-        linear, args = teacher.output_layer.linear, [h]
+        delta = 2 ** dcd_round(step) * dcd_delta
+        x, zs, sigma, sigma_s = consistency_pair(x0, u, delta, vocab_size)    # (B,T) x 2, (B,1) x 2
+        with torch.no_grad():
+            args = [teacher.hidden(zs, sigma_s)]                              # (B,T,C)
+        linear = teacher.output_layer.linear
         loss_fn = partial(loss_fn, weight=linear.weight, bias=linear.bias)
     elif in_curriculum(step):
         gamma = gamma_min + u * (gamma_max - gamma_min)
@@ -172,27 +173,12 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)  # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
     else:
-        alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u)
-        alpha, dalpha = float32_on(x0.device, alpha, dalpha)
+        alpha, dalpha = float32_on(x0.device, *noise_schedule(T_MIN + (1 - T_MIN) * u))
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
     head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale)
     return model(x, sigma, weights, head=head)
-
-
-@torch.no_grad()
-def consistency_pair(teacher, x0, u, step, vocab_size):
-    """Discrete consistency distillation (Algorithm 1): the student, at a noisy zt, learns to say
-    what the teacher says at a less noisy zs of the same Gaussian path. Returns zt (B,T), its sigma
-    (B,1), and the output (B,T,C) of the teacher's trunk at zs."""
-    delta = 2 ** dcd_round(step) * dcd_delta
-    t = (T_MIN + (1 - T_MIN) * u + delta).clamp(max=1)                        # (B,1) float64
-    gamma_t, gamma_s = -4 + 3 * t, -4 + 3 * (t - delta)
-    zt, zs = coupled_pair(x0, gamma_t, gamma_s, vocab_size)                   # (B,T), (B,T)
-    alpha_t, alpha_s = transform(gamma_t, vocab_size)[0], transform(gamma_s, vocab_size)[0]
-    sigma_t, sigma_s = float32_on(x0.device, -alpha_t.log(), -alpha_s.log())
-    return zt, sigma_t, teacher.hidden(zs, sigma_s)
 
 
 def accumulate_gradients(model, teacher, loss_fn, step, data, meta, n_train, scaler, autocast,
@@ -204,26 +190,24 @@ def accumulate_gradients(model, teacher, loss_fn, step, data, meta, n_train, sca
     n_rows = gradient_accumulation_steps * batch_size
     offset = np.random.default_rng([seed, step]).random()                # stratifies all times
     for m in range(rank, gradient_accumulation_steps, world):
-        torch.manual_seed(seed_from(seed, step, m))
+        mixed = np.random.SeedSequence([seed, step, m]).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
         first = m * batch_size
         rows = epoch_rows(step * n_rows + first + np.arange(batch_size), n_train, seed)
         x0 = get_batch(data['train'], rows, block_size, meta, device)
         u = stratified_times(offset, first, batch_size, n_rows, device=device)
         # DDP exchanges gradients in the last backward only
         model.require_backward_grad_sync = m + world >= gradient_accumulation_steps
+        mask, grad_scale = loss_mask(x0, meta['pad_id']), scaler.scale(torch.ones_like(total))
         with autocast:
-            loss = training_loss(model, x0, u, step, meta['vocab_size'], loss_fn, teacher,
-                                 loss_mask(x0, meta['pad_id']), scaler.scale(torch.ones_like(total)))
+            loss = training_loss(model, x0, u, step, meta['vocab_size'], loss_fn, teacher, mask,
+                                 grad_scale)
         # a loss that is not finite makes the gradients of every process so
         fine = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
         total += loss.detach() / gradient_accumulation_steps
     return total
 
-
-def seed_from(*numbers):
-    """One well-mixed seed from several small numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 # --------------------------------------------------------------------------------------------------
 # the optimisers
@@ -252,7 +236,7 @@ def clip_and_step(optimizers, scaler, params):
     finite = norm.isfinite()
     for optimizer in optimizers:
         if optimizer.defaults.get('fused'):
-            optimizer.found_inf = 1.0 - finite.float()   # skips on the device: the CPU need not wait
+            optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
         elif not finite:
             optimizer.zero_grad()
         scaler.step(optimizer)
@@ -283,15 +267,13 @@ def where_to_start():
     return start
 
 
-def open_data(folder, rank, world):
+def open_data(folder, master):
     """meta and streams, checked; the built-in text is prepared if it is not there."""
-    if rank == 0 and dataset == 'stdlib' and not os.path.exists(folder):
-        if run_script('prepare.py', 'stdlib', '--data_dir', data_dir):
-            raise UserError('the built-in text could not be prepared')
-    if world > 1:
-        dist.barrier()
+    if master and dataset == 'stdlib' and not os.path.exists(folder):
+        run_script('prepare.py', 'stdlib', '--data_dir', data_dir)
+    largest_of_ranks(0)                                  # the others wait for the first process
     meta, data = load_data(folder)
-    if rank == 0:
+    if master:
         check_tokens(data, meta['vocab_size'], folder)
     if objective == 'duo' and curriculum_k > meta['vocab_size']:
         raise UserError(f'--curriculum_k={curriculum_k}: there are {meta["vocab_size"]} tokens')
@@ -303,7 +285,7 @@ def load_weights(source, model, meta):
     trained, info = load_model(source)
     config = asdict(trained.config) | {'dropout': dropout}
     if config != asdict(model.config) or not same_tokenizer(info['data'], meta):
-        raise UserError(f'{source} holds another model or tokenizer ({trained.config}): give the same')
+        raise UserError(f'{source} holds another model or tokenizer ({trained.config})')
     model.load_state_dict(trained.state_dict())
 
 
@@ -335,7 +317,6 @@ def catch_signals():
 def main():
     # ---- settings, processes, device
     settings = configure(globals(), CHECKS)
-    chosen = {name: value for name, value in settings.items() if value != globals()[name]}
     globals().update(settings)
     start = where_to_start()
     here, rank, world = start_distributed(pick_device(device), backend)
@@ -348,7 +329,7 @@ def main():
 
     # ---- data
     folder = os.path.join(data_dir, dataset)
-    meta, data = open_data(folder, rank, world)
+    meta, data = open_data(folder, master)
     vocab_size, token_files = meta['vocab_size'], fingerprint(data)
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
 
@@ -365,8 +346,11 @@ def main():
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
     optimizers = build_optimizer(model)
     scaler = torch.amp.GradScaler(here.split(':')[0], enabled=dtype_name == 'float16')
+    parts = dict(weights=model, ema=ema, scaler=scaler)
+    if teacher:
+        parts['teacher'] = teacher
     step, elapsed = 0, 0.0
-    total, skipped, in_a_row = (torch.zeros((), device=here) for _ in range(3))
+    total, good, skipped, in_a_row = (torch.zeros((), device=here) for _ in range(4))
 
     # ---- resume
     if start == 'resume':
@@ -374,14 +358,11 @@ def main():
         changed = check_resume(out_dir, state, settings, config, token_files)
         if master and changed:
             print(f'resuming with changed settings: {changed}')
-        model.load_state_dict(state['weights'])
-        ema.load_state_dict(state['ema'])
+        for name, part in parts.items():
+            if state[name]:                              # a GradScaler's may be empty
+                part.load_state_dict(state[name])
         for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
             load_optimizer(optimizer, saved)
-        if state['scaler']:
-            scaler.load_state_dict(state['scaler'])
-        if teacher:
-            teacher.load_state_dict(state['teacher'])
         step, elapsed = state['step'], state['seconds']
         skipped += state['skipped']
         del state
@@ -390,7 +371,7 @@ def main():
                         'disk that all processes share')
 
     loss_fn = loss_of(objective, vocab_size)
-    if compile:                                          # the trunk in one graph, the loss in another
+    if compile:                                          # the trunk in one graph, the loss in one
         loss_fn = torch.compile(loss_fn)
         for m in [model, ema, teacher]:
             if m:
@@ -401,9 +382,9 @@ def main():
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     log_file, wandb_run = None, None
     if master:
-        print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {here} '
-              f'{dtype_name}, {n_train:,} rows of {block_size} ({meta["tokenizer"]}, vocabulary '
-              f'{vocab_size})')
+        print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, '
+              f'{here} {dtype_name}, {n_train:,} rows of {block_size} ({meta["tokenizer"]}, '
+              f'vocabulary {vocab_size})')
         if not eval_only:
             if start != 'resume':
                 set_aside_older_run(out_dir)
@@ -438,11 +419,9 @@ def main():
     def write_checkpoint():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
-        state = info | dict(
-            weights=model.state_dict(), ema=ema.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            scaler=scaler.state_dict(), teacher=teacher and teacher.state_dict(),
-            skipped=int(skipped), fingerprint=token_files, seconds=time.time() - began)
+        state = {name: part.state_dict() for name, part in parts.items()} | info
+        state['optimizers'] = [optimizer.state_dict() for optimizer in optimizers]
+        state.update(skipped=int(skipped), fingerprint=token_files, seconds=time.time() - began)
         save(out_dir, state, ema, info, folder, keep_last)
 
     # ---- the loop
@@ -450,7 +429,6 @@ def main():
     began = time.time() - elapsed
     ticked = saved = time.time()
     first_step = logged_step = step
-    logged_skips = int(skipped)
     val_loss = None
     while True:
         # 1. VALIDATE, SAVE, STOP
@@ -459,11 +437,12 @@ def main():
         paused = time.time()
         moved = step > first_step
         at_eval = moved and step % eval_interval == 0
-        at_checkpoint = moved and checkpoint_interval and step % checkpoint_interval == 0
-        is_late = moved and checkpoint_minutes and paused - saved > 60 * checkpoint_minutes
+        at_checkpoint = at_eval or moved and (
+            checkpoint_interval and step % checkpoint_interval == 0
+            or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
         if at_eval or eval_only or done and not stopped:
             val_loss = validate()
-        if log_file and (at_eval or at_checkpoint or is_late or done or stopped):
+        if log_file and (at_checkpoint or done or stopped):
             write_checkpoint()
             saved = time.time()
         ticked += time.time() - paused                   # not counted in tokens/s
@@ -481,6 +460,7 @@ def main():
         finite = clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
+        good += finite
         skipped += ~finite
         in_a_row = (in_a_row + 1) * ~finite
         step += 1
@@ -490,25 +470,23 @@ def main():
         if step % log_interval == 0 or step == max_iters:
             if world > 1:
                 dist.all_reduce(total)
-            skips = int(skipped) - logged_skips
-            good = step - logged_step - skips
-            mean = total.item() / good if good else math.nan
+            mean = total.item() / good.item() if good else math.nan
             if in_a_row > max_bad_steps:
                 raise UserError(
-                    f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row by '
-                    f'{step}. {out_dir} keeps the last good checkpoint, if there is one; a lower '
-                    f'--learning_rate may help ({chosen})')
+                    f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
+                    f'by {step}: {out_dir} keeps the checkpoint before; try a lower --learning_rate')
             speed = (step - logged_step) / (time.time() - ticked)
+            minutes_left = (max_iters - step) / speed / 60
             line = (f'step {step}: {"KL" if teacher else "loss"} {mean:.4f}, '
-                    f'{speed * tokens_per_step:,.0f} tokens/s, '
-                    f'{(max_iters - step) / speed / 60:.1f} min left')
-            if skips:
-                line += f', {skips} steps skipped'
+                    f'{speed * tokens_per_step:,.0f} tokens/s, {minutes_left:.1f} min left')
+            if skipped:
+                line += f', {int(skipped)} steps skipped'
             log(line, step=step, loss=mean, lr=learning_rate * lr_share(step - 1),
                 skipped=int(skipped), tokens_per_s=speed * tokens_per_step,
                 seconds=time.time() - began)
+            ticked, logged_step = time.time(), step
             total.zero_()
-            ticked, logged_step, logged_skips = time.time(), step, int(skipped)
+            good.zero_()
 
     # ---- the picture, the card, some texts
     progress.close()
@@ -517,10 +495,10 @@ def main():
               f'--init_from=resume continues from {out_dir}')
     elif log_file:
         run_script('plot.py', out_dir)
-        write_card(out_dir, chosen, sys.argv[1:], world)
-        sys.stdout.flush()
-        run_script('sample.py', '--out_dir', out_dir, '--steps', str(sample_steps), '--num_samples',
-                   str(num_samples), '--seed', str(seed), '--device', here, '--dtype', dtype_name)
+        write_card(out_dir, sys.argv[1:], world)
+        run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
+                   f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
+                   f'--dtype={dtype_name}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:
