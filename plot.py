@@ -107,7 +107,7 @@ def draw_text(ax, tokenizer, ids, final, width=90, height=16):
         ax.text(
             column,
             row,
-            re.sub(r'[\x00-\x1f]', '·', text),
+            re.sub(r'[\x00-\x1f\x7f]', '·', text),
             color='#1b2631' if token == last else '#d98880',
             family='monospace',
             fontsize=8.5,

@@ -27,7 +27,7 @@ def gaussian_latent(x0, gamma, noise):
 
 
 def literal_loss(model, x0, u, vocab_size, window=None, tau=1e-3):
-    """One micro-batch's loss by the discrete process or, with a window of gammas, the curriculum."""
+    """A micro-batch's loss by the discrete process or, with a window of gammas, the curriculum."""
     if window is None:
         alpha, dalpha = (v.float() for v in noise_schedule(1e-3 + (1 - 1e-3) * u))
         x = xt = q_sample(x0, alpha, vocab_size)
