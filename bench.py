@@ -131,7 +131,7 @@ def flops_per_token(c):
 
 
 def flops_per_ms(device, dtype_name):
-    n = 2048 if device == 'cpu' else 8192
+    n = 1024 if device == 'cpu' else 8192
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype_name))
     return 2 * n ** 3 / measure(f'matrix product, {n}^3', lambda: a @ a, device)['ms']
 
@@ -185,7 +185,7 @@ def plan_run(device, dtype_name, autocast):
     for name, part, step in phases:
         if part:
             one = measure(f'{name}, micro-batch', lambda: backward(step), device, x0.numel())
-            last = measure(f'{name}, and update', lambda: whole_step(step), device, x0.numel())
+            last = measure(f'{name}, with update', lambda: whole_step(step), device, x0.numel())
             ms += part * (one['ms'] * (micro_batches - 1) + last['ms'])
             peak = max(peak, last['peak'])
     flops = flops_per_token(model.config) * tokens / gpus
@@ -193,7 +193,7 @@ def plan_run(device, dtype_name, autocast):
     tokens *= train.max_iters
     print(f'peak memory {f"{peak / 1e9:.2f} GB" if peak else "unknown here"}, {ms:.0f} ms a step, '
           f'MFU {flops / ms / flops_per_ms(device, dtype_name):.0%}. {train.max_iters:,} of them: '
-          f'about {hours:.1f} hours, {tokens / 1e9:.3g}G tokens')
+          f'about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
     if epoch:
         print(f'{tokens / epoch:.3g} epochs of {train.dataset}')
     if price_per_hour:

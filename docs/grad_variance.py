@@ -1,6 +1,6 @@
 """
-What the curriculum is for: the variance of the gradient, summed over all parameters, in a Duo run as
-it stands, with the curriculum's noise and with the discrete one. From the project's folder:
+What the curriculum is for: the variance of the gradient, summed over all parameters, in a Duo run
+as it stands, with the curriculum's noise and with the discrete one. From the project's folder:
 
     PYTHONPATH=. python docs/grad_variance.py out
 """
