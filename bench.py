@@ -180,7 +180,7 @@ def plan_run(device, dtype_name, autocast):
         update_ema(ema, model, 0.999)
 
     share = train.curriculum_frac if train.objective == 'duo' else 0
-    ms, peak = 0, 0
+    ms = peak = 0
     phases = [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]
     for name, part, step in phases:
         if part:
@@ -209,8 +209,7 @@ def compare(device, autocast):
     x0, u = random_batch(K, device)
     train.objective, train.curriculum_frac = 'duo', 0.5
     model = make_model(K, device)
-    teacher = copy.deepcopy(model)
-    window = train.gamma_min, train.gamma_max
+    teacher = copy.deepcopy(model).eval()
 
     def ours(objective, step):
         train.objective = objective
@@ -230,7 +229,7 @@ def compare(device, autocast):
             training(lambda: literal_loss(model, x0, u, K)),
             training(lambda: ours('duo', train.max_iters - 1))),
         'curriculum': (
-            training(lambda: literal_loss(model, x0, u, K, window)),
+            training(lambda: literal_loss(model, x0, u, K, (train.gamma_min, train.gamma_max))),
             training(lambda: ours('duo', 0))),
         'distillation': (
             training(lambda: literal_distillation(model, teacher, x0, u, K)),
