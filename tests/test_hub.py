@@ -7,26 +7,19 @@ import types
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, write_card
 from data import load_tokenizer
-from helpers import ROOT, TINY, checkpoint, equal, good, log, one_line, run
+from helpers import ROOT, TINY, checkpoint, equal, good, log, one_line, reference, run
 from model import DiT, DiTConfig
 
 SHARED = ROOT.parent / 'shared'
 THEIRS = dict(model_type='duo', vocab_size=101, model_length=24, causal=False, hidden_dim=64, cond_dim=32, n_blocks=2,
               n_heads=4, dropout=0.1, var_min=True)
 INV_FREQ = torch.tensor([1 / 10000 ** (i / 16) for i in range(0, 16, 2)])
-
-
-def reference():
-    """The published network's inputs, outputs and weights ('sd/...'), in the order of its parameters."""
-    arrays = np.load(ROOT / 'tests' / 'data' / 'reference.npz')
-    return {k[4:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith('dit_')}
 
 
 def weights_of(a):
@@ -80,7 +73,7 @@ def cache(folder, name, source):
 
 @torch.no_grad()
 def test_a_repository_of_theirs_is_the_published_network(tmp_path, capsys):
-    a = reference()
+    a = reference('dit_')
     model, info = load_model(repository(tmp_path / 'theirs', weights_of(a)))
     assert same(model(a['x'], a['sigma']), a['logits'])
     assert 'assumed: nothing' in capsys.readouterr().out
@@ -97,22 +90,19 @@ def test_a_repository_of_theirs_is_the_published_network(tmp_path, capsys):
 
 @torch.no_grad()
 def test_masked_and_autoregressive_ones(tmp_path):
-    a = reference()
+    a = reference('dit_')
     model, info = load_model(repository(tmp_path / 'mdlm', weights_of(a), model_type='mdlm', time_conditioning=False))
     assert info['objective'] == 'mdlm' and info['model']['vocab_size'] == 101 and info['data']['vocab_size'] == 100
     assert same(model(a['x'], torch.zeros(len(a['x']))), a['logits_sigma0'])
     refused(repository(tmp_path / 'mdlm', weights_of(a), model_type='mdlm', time_conditioning=True), 'time_cond')
-    if not SHARED.exists():
-        pytest.skip('the reference of the causal network is not on this machine')
-    arrays = np.load(SHARED / 'reference' / 'dit_causal.npz')
-    a = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    a = reference('causal_')
     model, info = load_model(repository(tmp_path / 'ar', weights_of(a), causal=True))
     assert info['objective'] == 'ar' and info['model']['causal'] and same(model(a['x']), a['logits'])
 
 
 @torch.no_grad()
 def test_a_lightning_checkpoint(tmp_path, monkeypatch, capsys):
-    a, order = reference(), list(DiT(DiTConfig(101, 24, 2, 4, 64, 32)).state_dict())
+    a, order = reference('dit_'), list(DiT(DiTConfig(101, 24, 2, 4, 64, 32)).state_dict())
     average = weights_of(a)
     raw = OrderedDict((name, average[name] + 1) for name in order)
     # their settings, as omegaconf pickles them: it takes no such package to read them
@@ -144,7 +134,7 @@ def test_a_pickle_with_a_payload_is_not_run(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     Path('it').touch()
     payload = type('Payload', (), {'__reduce__': lambda self: (call[0], call[1:])})
-    weights = weights_of(reference())
+    weights = weights_of(reference('dit_'))
     lightning('a.ckpt', weights, list(weights.values()), hyper_parameters={'config': payload()})
     refused('a.ckpt', 'a.ckpt', call[0].__name__, 'not opened')
     assert not Path('ran').exists()
@@ -153,7 +143,7 @@ def test_a_pickle_with_a_payload_is_not_run(tmp_path, monkeypatch, call):
 
 
 def test_what_does_not_fit_is_named_in_one_line(tmp_path):
-    weights, name = weights_of(reference()), 'blocks.1.attn_out.weight'
+    weights, name = weights_of(reference('dit_')), 'blocks.1.attn_out.weight'
     theirs = lambda weights, **config: repository(tmp_path / 'theirs', weights, **config)
     refused(theirs(weights, vocab_size=50257), 'theirs', 'vocab_size 50257', '101')
     refused(theirs(weights, n_blocks=3), 'n_blocks 3', '2')
@@ -177,7 +167,7 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
 # out, and in again
 
 def test_export_is_their_layout_and_loses_nothing(work, tmp_path):
-    a = reference()
+    a = reference('dit_')
     theirs = repository(tmp_path / 'theirs', weights_of(a))
     assert 'wrote' in good(run(tmp_path, 'sample.py', f'--init_from={theirs}', '--export_official=off'))
     before, after = (load_file(tmp_path / name / 'model.safetensors') for name in ('theirs', 'off'))
@@ -185,12 +175,10 @@ def test_export_is_their_layout_and_loses_nothing(work, tmp_path):
     assert equal(before, after)
     config = json.loads((tmp_path / 'off' / 'config.json').read_text())
     assert all(config[key] == THEIRS[key] for key in THEIRS if key not in ('dropout', 'var_min'))
-    if SHARED.exists():
-        arrays = np.load(SHARED / 'reference' / 'dit.npz')
-        shapes = {k[3:]: arrays[k].shape for k in arrays.files if k.startswith('sd/')}
-        exported = load_file(tmp_path / 'off' / 'model.safetensors')
-        assert {k.removeprefix('backbone.'): tuple(v.shape) for k, v in exported.items()} == shapes
-        assert np.allclose(exported['backbone.rotary_emb.inv_freq'], arrays['sd/rotary_emb.inv_freq'], rtol=1e-6)
+    exported = load_file(tmp_path / 'off' / 'model.safetensors')
+    shapes = {k[3:]: v.shape for k, v in a.items() if k.startswith('sd/')}
+    assert {k.removeprefix('backbone.'): v.shape for k, v in exported.items()} == shapes
+    assert exported['backbone.rotary_emb.inv_freq'].allclose(a['sd/rotary_emb.inv_freq'], rtol=1e-6)
     one_line(run(tmp_path, 'sample.py', f'--init_from={theirs}', '--export_official=off'), 'off', 'already')
 
     good(run(work, 'sample.py', f'--export_official={tmp_path / "ours"}'))
