@@ -236,7 +236,7 @@ def compare(device, autocast):
             training(lambda: ours('dcd', 0))),
         'sampling': (
             lambda: literal_reverse(logits, x0, 0.6, 0.5),
-            lambda: reverse_step(logits, x0, 0.6, 0.5)),
+            lambda: reverse_step(logits, x0, 0.6, 0.5))
     }
     table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
     for name, calls in pairs.items():
