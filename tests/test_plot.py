@@ -1,5 +1,6 @@
 """plot.py's pictures, from the command line."""
 import json
+import shutil
 
 import pytest
 
@@ -12,10 +13,13 @@ def is_picture(path):
 
 
 @pytest.fixture(scope='module')
-def runs(work):
-    good(run(work, 'train.py', *TINY, '--objective=ar', '--out_dir=judge', '--curriculum_frac=0'))
-    good(run(work, 'eval.py', '--gen_ppl=judge', '--steps=1,4', '--temperature=0.8,1', '--num_samples=2'))
-    return work
+def runs(work, tmp_path_factory):
+    """A copy of work, since other tests count what eval.py leaves in it."""
+    folder = tmp_path_factory.mktemp('runs') / 'work'
+    shutil.copytree(work, folder)
+    good(run(folder, 'train.py', *TINY, '--objective=ar', '--out_dir=judge', '--curriculum_frac=0'))
+    good(run(folder, 'eval.py', '--gen_ppl=judge', '--steps=1,4', '--temperature=0.8,1', '--num_samples=2'))
+    return folder
 
 
 def test_every_picture(runs):
