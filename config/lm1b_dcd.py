@@ -1,14 +1,13 @@
-# Discrete consistency distillation of the LM1B Duo, the paper's: 5 rounds of 10K steps of 128 rows.
-#     torchrun --nproc_per_node=8 train.py config/lm1b_dcd.py        # after config/lm1b_duo.py
+# Discrete consistency distillation (DCD) of the LM1B Duo, the paper's recipe: 5 rounds of 10K
+# steps of 128 rows.
+#     torchrun --nproc_per_node=8 train.py config/lm1b_dcd.py     # after config/lm1b_duo.py
 from pathlib import Path
-exec((Path(__file__).parent / 'lm1b_duo.py').read_text())   # all settings of lm1b_duo.py, save these
-
+exec((Path(__file__).parent / 'lm1b_duo.py').read_text())  # as lm1b_duo.py, except:
 objective = 'dcd'
-init_from = 'out-lm1b-duo'            # its averaged weights
+init_from = 'out-lm1b-duo'   # its EMA weights
 out_dir = 'out-lm1b-dcd'
-wandb_run_name = 'lm1b-dcd'
+dcd_rounds = 5
 batch_size = 16
-dcd_round_iters = 10_000
 learning_rate = 6e-5
 max_iters = 50_000
 warmup_iters = 500

@@ -1,11 +1,11 @@
-# Duo on OpenWebText, the paper's recipe: 170M parameters, 1M steps of 512 x 1024 tokens, on 8 GPUs of 80 GB.
+# Duo on OpenWebText, the paper's recipe: 170M parameters, 1M steps of 512 x 1024 tokens, 8 GPUs of
+# 80 GB.
 #     python prepare.py owt && torchrun --nproc_per_node=8 train.py config/owt_duo.py
 # Published: validation PPL 25.2 (AR 17.5, MDLM 23.2; without the curriculum 27.4).
 out_dir = 'out-owt-duo'
 dataset = 'owt'                      # GPT-2 BPE, packed; the last 100,000 documents validate
-wandb_run_name = 'owt-duo'
 
-# 512 rows a step. On smaller or fewer GPUs: a smaller batch_size, and as many more micro-batches
+# 512 rows a step. On smaller or fewer GPUs: a smaller batch_size, more micro-batches
 batch_size = 64
 gradient_accumulation_steps = 8
 block_size = 1024
@@ -16,8 +16,8 @@ n_embd = 768
 cond_dim = 128
 dropout = 0.1
 
-# the curriculum is the first half; the window is the paper's (beta, gamma) = (0.03, 0.15), read as sigmoid(gamma)
-curriculum_iters = 500_000
+# the window of noise is the paper's (beta, gamma) = (0.03, 0.15), read as sigmoid(gamma)
+curriculum_frac = 0.5                # the first half of the run
 tau = 1e-3
 gamma_min = -3.55
 gamma_max = -1.85
@@ -29,7 +29,7 @@ weight_decay = 0.0
 grad_clip = 1.0
 max_iters = 1_000_000
 warmup_iters = 2500
-cooldown_iters = 0
+cooldown_frac = 0
 ema_decay = 0.9999
 
 eval_interval = 5000

@@ -1,4 +1,5 @@
-# The built-in text on one GPU of 15 GB or more: about five minutes (an estimate for a T4 in fp16; not measured).
+# The built-in text on one GPU of 15 GB or more: about five minutes (estimated for a T4 in fp16, not
+# measured).
 #     python train.py config/stdlib_gpu.py
 out_dir = 'out-stdlib-gpu'
 
@@ -9,13 +10,13 @@ block_size = 256
 n_layer = 8
 n_head = 6
 n_embd = 384
-dropout = 0.1                # 2.6M tokens are seen many times: noise makes each time another, dropout helps
+dropout = 0.1                # the 2.6M tokens are seen many times, which overfits without it
 
-curriculum_iters = 3000
+curriculum_frac = 0.75
 learning_rate = 1e-3
 max_iters = 4000
 warmup_iters = 200
-cooldown_iters = 1600
+cooldown_frac = 0.4
 ema_decay = 0.998
 
 eval_interval = 1000

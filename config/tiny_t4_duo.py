@@ -1,9 +1,8 @@
-# A 34M-parameter Duo on a subset of OpenWebText, for a free T4 (15 GB, fp16) and a few hours of it.
+# A 34M-parameter Duo on a subset of OpenWebText, for some hours of a free T4 (15 GB, fp16).
 #     python prepare.py owt --max_docs 100000 --name owt_t4 && python train.py config/tiny_t4_duo.py
 # Reported for this set-up: validation PPL 189.4 (NLL 5.244, BPD 7.565); AR 321.2 (5.772, 8.327).
 out_dir = 'out-tiny-t4-duo'
 dataset = 'owt_t4'                   # GPT-2 BPE, packed
-wandb_run_name = 'tiny-t4-duo'
 
 batch_size = 8
 gradient_accumulation_steps = 1
@@ -15,7 +14,7 @@ n_embd = 256
 cond_dim = 128
 dropout = 0.1
 
-curriculum_iters = 50_000            # the first half
+curriculum_frac = 0.5                # the first half of the run
 tau = 1e-3
 gamma_min = -3.55
 gamma_max = -1.85
@@ -25,9 +24,9 @@ beta1 = 0.9
 beta2 = 0.999
 weight_decay = 0.0
 grad_clip = 1.0
-max_iters = 100_000                  # as many as your free hours allow: stop at any time, go on with --init_from=resume
+max_iters = 100_000                  # stop at any time, continue with --init_from=resume
 warmup_iters = 2500
-cooldown_iters = 0
+cooldown_frac = 0
 ema_decay = 0.9999
 
 eval_interval = 2000

@@ -5,7 +5,7 @@ import torch
 
 from helpers import TINY, good, run
 
-# tiny tensors: threads cost more than they bring, and two test runs beside each other would starve
+# Tiny tensors: threads cost more than they bring, and test processes run beside each other.
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 

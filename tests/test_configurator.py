@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from configurator import UserError, configure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,8 +107,8 @@ def test_script_from_another_directory(project):
             '--compile=false', '--out_dir=a b', '--steps=9')
     assert r.returncode == 0 and r.stderr == ''
     for part in ('"max_iters": 10,', '"max_iters_doubled": 20', '"beta2": 0.99',
-                 '"learning_rate": 1.0', '"gamma_min": -4.5', '"compile": false', '"out_dir": "a b"',
-                 '"init_from": "scratch"', '"steps": 9', '"eta": 0.5'):
+                 '"learning_rate": 1.0', '"gamma_min": -4.5', '"compile": false',
+                 '"out_dir": "a b"', '"init_from": "scratch"', '"steps": 9', '"eta": 0.5'):
         assert part in r.stdout
 
 
@@ -405,6 +406,41 @@ def test_a_row_that_names_no_setting_is_a_bug():
         call(checks=[('batch_sise', lambda v: v >= 1, 'at least 1')])
 
 
+# ---- the recipes
+
+RECIPES = sorted((ROOT / 'config').glob('*.py'))
+
+
+def settings_of(recipe):
+    return configure(vars(train), train.CHECKS, [str(recipe)])
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_of_train(recipe):
+    got = settings_of(recipe)
+    for name in ('curriculum_frac', 'cooldown_frac'):
+        steps = got[name] * got['max_iters']
+        unused = name == 'curriculum_frac' and got['objective'] != 'duo'
+        assert unused or steps == pytest.approx(round(steps), abs=1e-6), name
+    if got['objective'] == 'dcd':
+        assert got['max_iters'] % got['dcd_rounds'] == 0
+        assert 0 < got['dcd_delta'] * 2 ** (got['dcd_rounds'] - 1) <= 1
+
+
+def test_recipes_do_not_overwrite_each_other():
+    all_settings = [settings_of(recipe) for recipe in RECIPES]
+    out_dirs = [got['out_dir'] for got in all_settings]
+    assert len({'out', *out_dirs}) == len(RECIPES) + 1
+    assert {got['init_from'] for got in all_settings} <= {'scratch', 'out', *out_dirs}
+
+
+def test_help_of_train_after_a_recipe(project):
+    command = [sys.executable, str(ROOT / 'train.py'), 'config/owt_ar.py', '--help']
+    r = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert r.returncode == 0 and r.stderr == ''
+    assert "\n--objective='ar'  " in r.stdout and '\n--block_size=1024  ' in r.stdout
+
+
 # ---- anything at all gives settings or one line
 
 def test_random_arguments(file, capsys):
@@ -412,9 +448,9 @@ def test_random_arguments(file, capsys):
     file('batch_size = learning_rate', 'bad.py')
     keys = ['--' + k for k in settings()]
     keys += ['--batch-size', '--bath_size', '-h', '--help', '--', '-', '---out_dir', '']
-    values = ['', '1', '-1', '0', '1e3', '1e309', '-3.5', 'nan', 'inf', 'true', 'False', 'None', '"',
-              "'a'", '\n', '\0', '\ud800', '٣', '½', '1__0', '_', '=', '==', 'é' * 300, '9' * 4400,
-              'good.py', 'bad.py', './good.py', '..']
+    values = ['', '1', '-1', '0', '1e3', '1e309', '-3.5', 'nan', 'inf', 'true', 'False', 'None',
+              '"', "'a'", '\n', '\0', '\ud800', '٣', '½', '1__0', '_', '=', '==', 'é' * 300,
+              '9' * 4400, 'good.py', 'bad.py', './good.py', '..']
     types = {k: type(v) for k, v in call().items()}
     rng, good = random.Random(0), 0
     for _ in range(300):

@@ -1,3 +1,0 @@
-# The built-in text with train.py's defaults, but for the objective: a baseline for the laptop demo.
-objective = 'ar'
-out_dir = 'out-ar'

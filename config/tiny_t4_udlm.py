@@ -1,0 +1,5 @@
+# Duo without its curriculum (UDLM) on the T4 recipe's data. No number was reported.
+from pathlib import Path
+exec((Path(__file__).parent / 'tiny_t4_duo.py').read_text())  # as tiny_t4_duo.py, except:
+curriculum_frac = 0
+out_dir = 'out-tiny-t4-udlm'

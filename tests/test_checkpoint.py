@@ -1,0 +1,297 @@
+"""Our own format: what save() leaves is found again; the hub's cache, the model card."""
+import errno
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import (STATE, has_state, load_model, load_state, save, step_files, write_card,
+                        write_model)
+from configurator import UserError
+from files import hub_cache
+from helpers import equal, good, log, one_line, run
+from model import DiT, DiTConfig
+
+DATA = dict(tokenizer='bytes', tokenizer_sha256=None, vocab_size=256, bos_id=0, eos_id=0,
+            pad_id=None)
+
+
+def network(config=DiTConfig(256, 16, 1, 2, 16, 8), seed=0):
+    torch.manual_seed(seed)
+    model = DiT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def info_of(model, **more):
+    return dict(objective='duo', model=asdict(model.config), data=DATA,
+                settings={'dataset': 'tiny'}, step=0, val_loss=None) | more
+
+
+def write_step(folder, step, keep_last=2):
+    """A checkpoint of that step, its weights unlike its EMA and unlike every other step's."""
+    ema = network(seed=step)
+    info = info_of(ema, step=step)
+    state = dict(weights=network(seed=step + 1000).state_dict(), ema=ema.state_dict(),
+                 optimizers=[{'state': {}}], scaler={}, teacher=None, best=2.5, seconds=1.0,
+                 skipped=0, fingerprint='f', **info)
+    save(folder, state, ema, info, folder, keep_last)
+    return state
+
+
+def refused(call, *parts):
+    with pytest.raises(UserError) as error:
+        call()
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and all(str(part) in line for part in parts), line
+
+
+def rewrite(folder, **changes):
+    """Change entries of config.json's 'model', or leave them out."""
+    path = Path(folder, 'config.json')
+    info = json.loads(path.read_text())
+    info['model'] = {k: v for k, v in (info['model'] | changes).items() if v != 'leave out'}
+    path.write_text(json.dumps(info))
+
+
+# -------------------------------------------------------------------------------------------------
+# the state of a run
+
+def test_what_is_saved_is_loaded(tmp_path):
+    assert not has_state(tmp_path)
+    refused(lambda: load_state(tmp_path), 'no checkpoint', tmp_path)
+    state = write_step(tmp_path, 4)
+    assert has_state(tmp_path) and equal(load_state(tmp_path), state)
+    (tmp_path / 'last.pt').unlink()
+    assert has_state(tmp_path)
+    for weights, key in (('ema', 'ema'), ('raw', 'weights')):
+        write_step(tmp_path, 4)
+        model, info = load_model(tmp_path, weights)
+        assert equal(dict(model.state_dict()), dict(state[key]))
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+        assert info == info_of(model, step=4, folder=str(tmp_path))
+    refused(lambda: load_model(tmp_path, 'both'), '--weights=both')
+
+
+def test_old_step_files_go_and_nothing_else(tmp_path):
+    for step in (4, 8):
+        write_step(tmp_path, step)
+    (tmp_path / 'step-best.pt').touch()          # a user's own
+    (tmp_path / 'step-00000007.pt.tmp').touch()  # of a run that was killed as it wrote
+    for step in (5, 6):                          # 8 was damaged: the run went on from 4
+        write_step(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.glob('step-*')) == [
+        'step-00000005.pt', 'step-00000006.pt', 'step-best.pt']
+    assert [path.name for path in step_files(tmp_path)] == ['step-00000006.pt', 'step-00000005.pt']
+    assert load_state(tmp_path)['step'] == 6
+
+
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def no_link(source, path):
+        raise OSError(errno.EPERM, 'no links here')
+
+    monkeypatch.setattr(os, 'link', no_link)
+    state = write_step(tmp_path, 4)
+    assert equal(torch.load(tmp_path / 'last.pt', weights_only=True), state)
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flip', 'gone', 'empty', 'text'])
+def test_the_newest_whole_state_is_found(tmp_path, damage, capsys):
+    """last.pt and the newest step file are one file: damage takes both, an older one must serve."""
+    write_step(tmp_path, 4)
+    tensor = write_step(tmp_path, 8)['weights']['output_layer.linear.weight']
+    newest, older = step_files(tmp_path)
+    last = tmp_path / 'last.pt'
+    whole = last.read_bytes()
+    at = whole.index(tensor.numpy().tobytes()) + 99  # there only a checksum can tell
+    if damage == 'gone':
+        last.unlink()
+        newest.unlink()
+    else:
+        raw = {'cut': whole[:at], 'flip': whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:],
+               'empty': b'', 'text': b'not a checkpoint'}[damage]
+        last.write_bytes(raw)
+        newest.write_bytes(raw)
+    state = load_state(tmp_path)
+    said = capsys.readouterr().out
+    assert state['step'] == 4 and str(older) in said and 'last.pt cannot be used' in said
+    older.unlink()
+    refused(lambda: load_state(tmp_path), tmp_path)
+
+
+def test_a_state_of_wrong_kinds(tmp_path):
+    state = write_step(tmp_path, 4)
+    step_files(tmp_path)[0].unlink()
+    for key in STATE:
+        without = {k: v for k, v in state.items() if k != key}
+        for change in (without, state | {key: {1}}, [state], 7):
+            torch.save(change, tmp_path / 'last.pt')
+            refused(lambda: load_state(tmp_path), 'last.pt')
+
+
+def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch):
+    """A failed write keeps what was there; what is no failure to write keeps its traceback."""
+    write_step(tmp_path, 4)
+    before = (tmp_path / 'last.pt').read_bytes()
+
+    def full(state, path):
+        raise RuntimeError('unexpected pos 64 vs 0\nfile write failed')  # as torch reports it
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', full)
+        refused(lambda: write_step(tmp_path, 5), 'cannot write a checkpoint', tmp_path, 'is kept')
+    assert (tmp_path / 'last.pt').read_bytes() == before
+
+    def bug(*args, **kwargs):
+        raise ZeroDivisionError
+
+    for name in ('DiT', 'read_weights', 'checksum'):
+        with monkeypatch.context() as m:
+            m.setattr(checkpoint, name, bug)
+            with pytest.raises(ZeroDivisionError):
+                load_model(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------
+# the model's folder
+
+@dataclass
+class Odd(DiTConfig):
+    """The network's settings as a researcher may extend them."""
+    window: int = 0
+    qk_norm: bool = False
+    base: float = 10000.0
+    position: str = 'rotary'
+    note: str = ''
+    limit: int | None = None
+    shift: int = -3
+
+
+@pytest.mark.parametrize('fields', [
+    {}, dict(window=0), dict(window=2**40), dict(qk_norm=True), dict(base=0.0), dict(base=-1e-30),
+    dict(base=7), dict(position=''), dict(position='none'), dict(note='a\n"quoted" line'),
+    dict(limit=5), dict(limit=None), dict(window=None), dict(shift=0), dict(dropout=0.0),
+    dict(window=-1, qk_norm=True, base=float('inf'), position='x', limit=0)])
+def test_any_plain_field_of_the_network_is_saved_and_loaded(tmp_path, monkeypatch, fields):
+    monkeypatch.setattr(checkpoint, 'DiTConfig', Odd)
+    model = network(Odd(256, 16, 1, 2, 16, 8, **fields))
+    write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
+    again, info = load_model(tmp_path)
+    assert again.config == model.config and type(again.config) is Odd
+    assert info['model'] == asdict(model.config)
+    assert equal(dict(again.state_dict()), dict(model.state_dict()))
+    write_model(tmp_path, model.state_dict(), info_of(network()), tmp_path)
+    assert load_model(tmp_path)[0].config == Odd(256, 16, 1, 2, 16, 8)  # of before the fields
+
+
+def test_a_wrong_field_is_named(tmp_path):
+    model = network()
+    for change in (dict(window=1), dict(n_layer='1'), dict(n_head=2.0), dict(causal=0),
+                   dict(dropout='0'), dict(dropout=1.5), dict(vocab_size=True), dict(n_head=0),
+                   dict(n_layer=2**30), dict(n_embd=-16), dict(block_size=0), dict(n_head=None),
+                   dict(dropout=None), dict(vocab_size=255), dict(causal=True)):
+        write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
+        rewrite(tmp_path, **change)
+        refused(lambda: load_model(tmp_path), tmp_path, 'config.json', *change)
+    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {}), ('settings', {'a': 1})):
+        write_model(tmp_path, model.state_dict(), info_of(model, **{entry: value}), tmp_path)
+        refused(lambda: load_model(tmp_path), tmp_path, 'config.json')
+    write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
+    rewrite(tmp_path, dropout='leave out')
+    assert load_model(tmp_path)[0].config.dropout == DiTConfig.dropout
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    model, name = network(), 'blocks.0.attn_out.weight'
+    weights = dict(model.state_dict())
+    for change, parts in (({'noise.w': torch.ones(8), 'more': torch.ones(())}, ['noise.w', 'more']),
+                          ({name: weights[name][:3]}, [name, '[3, 16]', '[16, 16]'])):
+        write_model(tmp_path, weights | change, info_of(model), tmp_path)
+        refused(lambda: load_model(tmp_path), tmp_path, *parts)
+    write_model(tmp_path, {k: w for k, w in weights.items() if k != name}, info_of(model), tmp_path)
+    refused(lambda: load_model(tmp_path), tmp_path, 'Missing', name)
+
+
+def test_damaged_weights_are_noticed(tmp_path):
+    model = network()
+    write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
+    path = tmp_path / 'model.safetensors'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused(lambda: load_model(tmp_path), path, 'damaged')
+    path.write_bytes(whole[:-100])
+    refused(lambda: load_model(tmp_path), path)
+    path.write_bytes(whole)
+    weights = load_file(path)
+    path.unlink()
+    save_file({k: w.half() for k, w in weights.items()}, path)  # other code writes no checksum
+    again, _ = load_model(tmp_path)
+    assert {w.dtype for w in again.state_dict().values()} == {torch.float32}
+    (tmp_path / 'config.json').write_text('{')
+    refused(lambda: load_model(tmp_path), 'config.json', 'JSON')
+
+
+def test_what_is_not_ours_is_converted_first(tmp_path):
+    """The authors' config.json, their names, tensors alone, a .ckpt; and an empty folder."""
+    folder = tmp_path / 'duo'
+    folder.mkdir()
+    command = f'python convert.py {folder} out-duo'
+    refused(lambda: load_model(folder), command, 'train.py')
+    write_model(folder, network().state_dict(), dict(model_type='duo', n_blocks=1), folder)
+    refused(lambda: load_model(folder), command)
+    (folder / 'config.json').unlink()
+    refused(lambda: load_model(folder), command)
+    (folder / 'a.ckpt').touch()
+    refused(lambda: load_model(folder / 'a.ckpt'), f'python convert.py {folder}/a.ckpt out-a')
+    model = network()
+    names = {f'backbone.{name}': w for name, w in model.state_dict().items()}
+    write_model(folder, names, info_of(model), folder)
+    refused(lambda: load_model(folder), command)
+
+
+# -------------------------------------------------------------------------------------------------
+# a run on the hub, and its card
+
+def test_a_run_is_a_repository_of_the_hub(work, tmp_path):
+    card = (work / 'out' / 'README.md').read_text()
+    result = [log(work / 'out', f'val_{x}')[-1] for x in ('loss', 'error')]
+    assert card.startswith('---\n') and 'pipeline_tag: text-generation\n' in card.split('---\n')[1]
+    assert f'{result[0]:.4f} +- {result[1]:.4f}' in card
+    assert 'python train.py --dataset=tiny' in card and '22,608 tokens' in card
+    assert "'dataset': 'tiny'" in card and 'grad_clip' not in card
+    env = os.environ | hub_cache(tmp_path, 'me/tiny', work / 'out')
+    said = [good(run(work, 'sample.py', '--steps=2', '--num_samples=1', more, env=env))
+            for more in ('--init_from=hf:me/tiny', '--out_dir=out')]
+    assert said[0].split(': ')[:-1] == said[1].split(': ')[:-1]
+    said = good(run(work, 'eval.py', '--init_from=hf:me/tiny', '--max_rows=4', env=env))
+    result = json.loads(said.splitlines()[-1])
+    assert result['out_dir'] == 'hf:me/tiny' and result['rows'] == 4
+    one_line(run(work, 'sample.py', '--init_from=hf:me/none', env=env), 'hf:me/none', 'cache')
+    one_line(run(work, 'sample.py', '--init_from=hf:me', env=env), 'hf:me')
+    one_line(run(work, 'sample.py', '--init_from=hf:a/b/c', env=env), 'hf:a/b/c')
+
+
+def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
+    shutil.copytree(work / 'out', tmp_path / 'out')
+    card = tmp_path / 'out' / 'README.md'
+
+    def again():
+        arguments = ['--init_from=resume', '--out_dir=my run']
+        write_card(str(tmp_path / 'out'), {'seed': 7}, arguments, 8)
+
+    text = card.read_text().replace('# license: mit    (to be', 'license: gpl')
+    card.write_text(text.replace('+-', '?'))
+    again()
+    command = "torchrun --nproc_per_node=8 train.py --init_from=resume '--out_dir=my run'\n"
+    parts = ('\nlicense: gpl', '+-', command, "{'seed': 7}")
+    assert all(part in card.read_text() for part in parts)
+    card.write_text('of my own')
+    again()
+    assert card.read_text() == 'of my own'
