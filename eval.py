@@ -1,240 +1,249 @@
 """
-How good is it? The negative log-likelihood of held-out text, and what others make of its samples:
+Evaluate a model: the negative log-likelihood of held-out text, or a judge's view of its samples:
 
-    python eval.py --out_dir=out --draws=4                         # NLL, BPD, PPL with standard error, all of the split
-    torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo      # the same, shared
-    python eval.py --gen_ppl=out-ar --gen_steps=1,2,4,8,16,32,128  # samples, scored by an AR model of ours
-    python eval.py --gen_ppl=gpt2-large --gen_temperatures=0.8,0.9,1.0   # or by one of the Hugging Face hub
+    python eval.py --out_dir=out --draws=4                     # NLL, BPD, PPL, their standard error
+    torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo  # the same, shared by 8 processes
+    python eval.py --dataset=ptb                               # on another data set: zero-shot
+    python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR run
+    python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by one of the Hugging Face hub
 
-Diffusion models get a bound (the true NLL is below it), autoregressive ones the exact value. Published bounds are the
-diffusion term alone: they leave out the prior term, KL(q(x1|x0) || uniform), which --parts adds; the reconstruction
-term is zero, as alpha(0) = 1. The last line printed is JSON; Gen-PPL also writes out_dir/gen.jsonl, for plot.py --gen.
+A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
+bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
+and the prior term KL(q(x1|x0) || uniform) is reported beside them. Samples take sample.py's
+options. The last line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which
+plot.py --gen draws.
 """
 import json
 import math
 import os
-import signal
+import sys
 import time
-from collections import Counter
 from itertools import groupby
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import load_model, pick_device, pick_dtype
-from configurator import configure
-from data import get_rows, load_data, load_tokenizer, num_rows, same_tokenizer, words_per_row
-from diffusion import (alpha_linear, blank, check_sampler, cross_entropy, evaluate, loss_of, mean_and_error,
-                       reverse_process, token_nll)
+from checkpoint import load_model
+from configurator import UserError, configure
+from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
+from device import pick_device, pick_dtype, start_distributed
+from diffusion import cross_entropy, evaluate, noise_schedule, token_nll
+from sample import CHECKS as SAMPLE_CHECKS
+from sample import SAMPLER_OPTIONS, denoise, describe_sampler, load, sample_prior
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
-init_from = ''               # instead of out_dir: hf:org/name, a folder, or an official .ckpt
+init_from = ''               # instead of out_dir: another folder, or hf:ORG/NAME
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
 data_dir = 'data'
 split = 'val'                # 'val' or 'train'
-draws = 1                    # times and noises for each row; the error shrinks with their number
+draws = 1                    # noise levels for each row; the error shrinks with their number
 max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
-parts = False                # the bound's terms one by one
 # --- samples
-gen_ppl = ''                 # a judge: the folder of an AR model of ours, or a Hugging Face causal LM (name or folder)
-gen_steps = '8,32,128'       # network calls to sample with
-gen_temperatures = '1.0'     # of the sampled softmax: together with entropy, the frontier of quality and diversity
-gen_samples = 64
-gen_length = 0               # tokens in a sample; 0: as many as the model was trained on
-gen_greedy = False           # the greedy tail
-sampler = 'ancestral'        # as in sample.py, and so are the next four
-psi = 'rescale'
-eta = 0.0
-settle = 0.1
-top_p = 0.0
+gen_ppl = ''                 # the judge: the folder of an AR model, or a Hugging Face causal LM
+num_samples = 64
+length = 0                   # tokens in a sample; 0: as many as the model was trained on
+steps = '8,32,128'           # numbers of sampling steps, with commas between them
+temperature = '1.0'          # temperatures likewise
 seed = 1337
 # --- system
 device = 'auto'
-dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py would take
+dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
+
+CHECKS = SAMPLE_CHECKS + [
+    ('draws', lambda v: v >= 1, 'at least 1'),
+    ('max_rows', lambda v: v >= 0, 'at least 0'),
+    ('split', lambda v: v in ('train', 'val'), "'train' or 'val'"),
+]
 
 
-def numbers(name, text, kind):
+def numbers(name, number):
+    """The numbers in a setting such as '8,32,128'; the samplers check them."""
     try:
-        return [kind(word) for word in text.split(',')]
+        return [number(part) for part in globals()[name].split(',')]
     except ValueError:
-        raise SystemExit(f'--{name}={text}: give numbers with commas between them, like 8,32')
+        raise UserError(f'--{name}={globals()[name]}: give numbers with commas between, like 8,32')
 
 
 def prior_term(vocab_size):
     """KL(q(x1|x0) || uniform), nats per token: what the process has not forgotten at t = 1."""
-    alpha = alpha_linear(torch.ones(1, dtype=torch.float64))[0].item()
-    true, other = alpha + (1 - alpha) / vocab_size, (1 - alpha) / vocab_size
-    return true * math.log(true * vocab_size) + (vocab_size - 1) * other * math.log(other * vocab_size)
+    alpha = noise_schedule(torch.ones(1).double())[0].item()
+    q = np.full(vocab_size, (1 - alpha) / vocab_size)
+    q[0] += alpha                                        # token 0 stands for any x0
+    return (q * np.log(q * vocab_size)).sum()
 
 
-def likelihood(model, info, device, autocast, rank=0, world=1):
-    data, objective = info['data'], info['objective']
-    meta, tokens = load_data(os.path.join(data_dir, dataset or info['settings']['dataset']))
-    if not same_tokenizer(meta, data):
-        raise SystemExit(f'{meta.get("name")} has another tokenizer than {out_dir} was trained on: prepare it anew')
-    T, K = info['model']['block_size'], data['vocab_size']
-    n_rows = num_rows(tokens[split], T)
-    rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows)).astype(np.int64)
-    times = 1 if objective == 'ar' else draws                              # an exact number needs no second look
-    n = len(rows) * times
-    order = np.random.default_rng(seed).permutation(n)                     # rows and times must not march in step
-    fetch = lambda i: torch.from_numpy(get_rows(tokens[split], rows[order[list(i)] % len(rows)], T, meta)).to(device)
-    nats = lambda x0, t: token_nll(model, x0, t, K, objective, loss_of(objective, K))
-    with autocast:
-        each = evaluate(nats, fetch, n, batch_size, device, rank, world, meta['pad_id'])
-    each = each[np.argsort(order)].view(times, len(rows)).mean(0)          # a row's draws are not independent: rows are
-    nll, error = mean_and_error(each)
-    ppl = math.exp(min(nll, 99))
-    words = words_per_row(tokens[split], rows, T)
-    scored = words + 2 - (objective == 'ar')                               # AR is given the first word of a row
-    bytes_per_row = words * meta[f'{split}_bytes'] / meta[f'{split}_tokens']
-    result = dict(out_dir=out_dir, objective=objective, dataset=meta.get('name'), split=split, rows=len(rows),
-                  draws=times, exact=objective == 'ar', nll=nll, error=error, bpd=nll / math.log(2), ppl=ppl,
-                  ppl_error=ppl * error, bits_per_byte=nll * scored / bytes_per_row / math.log(2))
-    if parts:
-        result.update(diffusion_term=nll, prior_term=prior_term(K), reconstruction_term=0.0, bound=nll + prior_term(K))
+def likelihood(model, info, device, rank, world):
+    """The figures of the metric on the chosen split, a dict."""
+    objective = info['objective']
+    vocab_size = info['data']['vocab_size']
+    block_size = info['model']['block_size']
+    name = dataset or info['settings'].get('dataset')
+    if not name:
+        raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
+    meta, data = load_data(os.path.join(data_dir, name))
+    if not same_tokenizer(meta, info['data']):
+        raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
+    # 1. ROWS, each drawn several times; shuffled, as the times grow with a row's number
+    n_rows = num_rows(data[split], block_size)
+    rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=np.int64)
+    n_draws = 1 if objective == 'ar' else draws            # an exact value has no noise to average
+    n = len(rows) * n_draws
+    order = np.random.default_rng(seed).permutation(n)
+
+    def get_rows(numbers):
+        return get_batch(data[split], rows[order[numbers] % len(rows)], block_size, meta, device)
+
+    # 2. NLL of each row: the mean of its draws, which are not independent of each other
+    nats = evaluate(model, objective, vocab_size, get_rows, n, batch_size, meta['pad_id'], device,
+                    rank, world)
+    nats = nats[np.argsort(order)].view(n_draws, len(rows)).mean(0)
+    line, figures = likelihood_figures(nats, objective, data[split], rows, block_size, meta, split)
+    if rank == 0:
+        bound = '' if objective == 'ar' else 'at most '
+        print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
+    result = dict(
+        out_dir=out_dir,
+        objective=objective,
+        dataset=name,
+        split=split,
+        rows=len(rows),
+        draws=n_draws,
+        nll=figures.pop('loss'),
+        bits_per_byte=figures.pop('bpb'),
+        ppl_error=figures['ppl'] * figures['error'],
+        **figures,
+    )
+    if objective == 'duo':
+        result['prior_term'] = prior_term(vocab_size)
     return result
 
 
 def diversity(rows):
-    """Of token rows: unigram entropy (nats) of each, averaged; the share of 1- and 2-grams that are distinct; the share
-    of 4-grams that stood in the same row before."""
-    entropy, distinct = [], {n: [] for n in (1, 2, 4)}
+    """Of token rows, averaged: unigram entropy, nats, and the share of 4-grams that stood in the
+    same row before."""
+    entropy, repetition = [], []
     for row in rows:
-        p = np.array(list(Counter(row).values())) / len(row)
+        p = np.unique(row, return_counts=True)[1] / len(row)
         entropy.append(-(p * np.log(p)).sum())
-        for n in distinct:
-            grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
-            distinct[n].append(len(set(grams)) / max(1, len(grams)))
-    mean = lambda v: float(np.mean(v))
-    return dict(entropy=mean(entropy), distinct_1=mean(distinct[1]), distinct_2=mean(distinct[2]),
-                repetition=1 - mean(distinct[4]))
+        grams = list(zip(row, row[1:], row[2:], row[3:]))
+        repetition.append(1 - len(set(grams)) / max(1, len(grams)))
+    return dict(entropy=np.mean(entropy), repetition=np.mean(repetition))
 
 
 def our_judge(folder, info, device):
-    """rows (N,T) of ids -> summed nats and number of tokens scored, by an AR checkpoint of ours."""
+    """-> score(rows): the mean nats per token of rows (N,T), by the AR model of a run."""
     judge, about = load_model(folder, device=device)
     if about['objective'] != 'ar':
-        raise SystemExit(f'--gen_ppl={folder} is no judge: a {about["objective"]} model, not an autoregressive one')
+        raise UserError(f'--gen_ppl={folder} holds {about["objective"]}: a judge is autoregressive')
     if not same_tokenizer(about['data'], info['data']):
-        raise SystemExit(f'--gen_ppl={folder} was trained with another vocabulary than {out_dir}: no fair judge')
+        raise UserError(f'--gen_ppl={folder} has another vocabulary than the model: no fair judge')
 
     @torch.no_grad()
     def score(rows):
-        nats = 0.0
-        for x in torch.tensor(rows, device=device).split(batch_size):
-            nats += token_nll(judge, x, None, info['data']['vocab_size'], 'ar', cross_entropy).sum().item()
-        return nats, len(rows) * (len(rows[0]) - 1)
+        batches = torch.tensor(rows, device=device).split(batch_size)
+        losses = [token_nll(judge, x0, None, about['data']['vocab_size'], 'ar') for x0 in batches]
+        return torch.cat(losses).mean(dtype=torch.float64).item()
     return score
 
 
 def hub_judge(name, tokenizer, eos_id, device):
-    """The same by a Hugging Face causal LM, by the published evaluation's rules: samples are decoded, tokenised anew by
-    its own tokenizer and cut to its context; of end-of-text tokens only the first is scored."""
+    """The same by a Hugging Face causal LM, by the published evaluation's rules: samples are
+    decoded, tokenised anew by its own tokenizer and cut to its context; of end-of-text tokens only
+    the first is scored."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise SystemExit(f'--gen_ppl={name}: no run of ours, and a hub model needs a package: pip install transformers')
-    try:
-        words, judge = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-    except Exception as e:
-        raise SystemExit(f'--gen_ppl={name}: cannot load it ({" ".join(str(e).split())[:160]})')
+        hub_tokenizer = AutoTokenizer.from_pretrained(name)
+        judge = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f'--gen_ppl={name}: no run here, and transformers cannot load it ({error})')
+    window = getattr(judge.config, 'max_position_embeddings', 1024)
 
     @torch.no_grad()
     def score(rows):
-        nats, count = 0.0, 0
-        window = getattr(judge.config, 'max_position_embeddings', 1024)
+        losses = []
         for row in rows:
-            runs = ((end, list(ids)) for end, ids in groupby(row, eos_id.__eq__))
-            text = ''.join(words.eos_token * len(ids) if end else tokenizer.decode(ids) for end, ids in runs)
-            ids = torch.tensor(words(text)['input_ids'][:window], device=device)
-            if len(ids) > 1:
-                ends = ids == words.eos_token_id
-                keep = (~ends | (ends.cumsum(0) == 1))[1:]
-                each = cross_entropy(judge(ids[None]).logits[0, :-1], ids[1:], torch.ones_like(ids[1:]))
-                nats, count = nats + (each * keep).sum().item(), count + keep.sum().item()
-        return nats, max(1, count)
+            text = ''
+            for is_eos, ids in groupby(row, eos_id.__eq__):
+                ids = list(ids)
+                text += hub_tokenizer.eos_token * len(ids) if is_eos else tokenizer.decode(ids)
+            if text:
+                ids = torch.tensor(hub_tokenizer(text).input_ids[:window], device=device)
+                is_eos = ids == hub_tokenizer.eos_token_id
+                scored = (~is_eos | (is_eos.cumsum(0) == 1))[1:]
+                losses.append(cross_entropy(judge(ids[None]).logits[0, :-1], ids[1:])[scored])
+        return torch.cat(losses).mean(dtype=torch.float64).item()
     return score
 
 
-def samples_judged(model, info, tokenizer, device, autocast):
-    data, objective = info['data'], info['objective']
-    K = data['vocab_size']
-    length = gen_length or info['model']['block_size']
-    ours = os.path.exists(os.path.join(gen_ppl, 'log.jsonl'))
-    judge = our_judge(gen_ppl, info, device) if ours else hub_judge(gen_ppl, tokenizer, data['eos_id'], device)
-    results, (psi_eta, nucleus) = [], check_sampler(objective, sampler, psi, eta, top_p)
-    name = {'psi': f'psi {psi} {psi_eta:g}', 'commit': f'commit {settle:g}'}.get(sampler, sampler)
-    name += f', top-p {nucleus:g}' * (nucleus < 1) + ', greedy tail' * gen_greedy
-    for steps in numbers('gen_steps', gen_steps, int) if objective != 'ar' else [length - 1]:
-        for temperature in numbers('gen_temperatures', gen_temperatures, float):
-            torch.manual_seed(seed)
-            rows, calls, began = [], 0, time.time()
-            while len(rows) < gen_samples:
-                shape = min(batch_size, gen_samples - len(rows)), length
-                x = blank(objective, shape, K, data['bos_id'], device)
-                with autocast:
-                    for x in reverse_process(model, x, objective, K, steps, None, temperature, nucleus, gen_greedy,
-                                             sampler, psi, psi_eta, settle):
-                        calls += len(x)
-                rows += x.tolist()
-            seconds = time.time() - began
-            nats, count = judge(rows)
-            r = dict(out_dir=out_dir, objective=objective, judge=gen_ppl, sampler=name, steps=steps,
-                     calls=calls / gen_samples, temperature=temperature, gen_ppl=math.exp(nats / count),
-                     **diversity(rows), samples_per_s=gen_samples / seconds)
-            results.append(r)
-            print(f'{name}, {steps:4} steps, temperature {temperature}: Gen-PPL {r["gen_ppl"]:.2f}, entropy '
-                  f'{r["entropy"]:.3f} nats, distinct-1 {r["distinct_1"]:.3f}, distinct-2 {r["distinct_2"]:.3f}, '
-                  f'repetition {r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
-    with open(os.path.join(out_dir if os.path.isdir(out_dir) else '', 'gen.jsonl'), 'a') as f:
-        f.writelines(json.dumps(r) + '\n' for r in results)
+def judge_samples(loaded, autocast):
+    """Samples by each number of steps at each temperature, and their figures: a list of dicts."""
+    info = loaded.info
+    T = length or info['model']['block_size']
+    all_steps = [T - 1] if info['objective'] == 'ar' else numbers('steps', int)
+    options = {name: globals()[name] for name in SAMPLER_OPTIONS}
+    trials = [options | dict(steps=n, temperature=t)
+              for n in all_steps for t in numbers('temperature', float)]
+    names = [describe_sampler(info, **trial) for trial in trials]      # refuses wrong options
+    if os.path.exists(os.path.join(gen_ppl, 'log.jsonl')):
+        judge = our_judge(gen_ppl, info, device)
+    else:
+        judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
+    results = []
+    for trial, name in zip(trials, names):
+        torch.manual_seed(seed)
+        began = time.time()
+        rows = []
+        for first in range(0, num_samples, batch_size):
+            count = min(batch_size, num_samples - first)
+            xt = sample_prior(info, (count, T), device)
+            calls = 0
+            with autocast:
+                for xt in denoise(loaded, xt, **trial):
+                    calls += 1
+            rows += xt.tolist()
+        seconds = time.time() - began
+        r = trial | diversity(rows) | dict(
+            out_dir=out_dir,
+            judge=gen_ppl,
+            sampler=name,
+            calls=calls,
+            gen_ppl=math.exp(judge(rows)),
+            samples_per_s=num_samples / seconds,
+        )
+        results.append(r)
+        print(f'{name}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
+              f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
+              f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
+    with open(os.path.join(out_dir if os.path.isdir(out_dir) else '', 'gen.jsonl'), 'a') as file:
+        file.writelines(json.dumps(r) + '\n' for r in results)
     return results
 
 
-if __name__ == '__main__':
-    globals().update(configure(globals()))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
-    if split not in ('train', 'val') or min(draws, batch_size, gen_samples) < 1 or min(max_rows, seed) < 0:
-        raise SystemExit("--split is 'val' or 'train'; --draws, --batch_size and --gen_samples are at least 1")
-    if (min(numbers('gen_steps', gen_steps, int)) < 1 or min(numbers('gen_temperatures', gen_temperatures, float)) <= 0
-            or gen_length == 1 or gen_length < 0 or min(eta, settle) < 0 or eta > 1 or not 0 <= top_p <= 1):
-        raise SystemExit('--gen_steps are at least 1, --gen_temperatures above 0, --gen_length is 0 or at least 2, '
-                         '--top_p and --eta lie between 0 and 1, --settle is not negative')
-    ddp = 'RANK' in os.environ
-    rank, local_rank, world = (int(os.environ.get(*d)) for d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    device = pick_device(device)
-    if ddp:
-        device = f'cuda:{local_rank}' if device == 'cuda' else device
-        if device.startswith('cuda'):
-            torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-        if gen_ppl:
-            raise SystemExit('--gen_ppl runs in one process: leave torchrun out')
-    dtype, autocast = pick_dtype(dtype, device)
+def main():
+    global out_dir, device
+    globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS))
     out_dir = init_from or out_dir
-    model, info = load_model(out_dir, weights, device)
-    if not (gen_ppl or dataset or info['settings']):
-        raise SystemExit(f'{out_dir} does not say what it was trained on: name a data set with --dataset')
-    if parts and info['objective'] != 'duo':
-        raise SystemExit(f'--parts are those of Duo\'s bound, and {out_dir} is a {info["objective"]} model')
+    device, rank, world = start_distributed(pick_device(device))
+    autocast = pick_dtype(dtype, device)[1]
     if gen_ppl:
-        result = samples_judged(model, info, load_tokenizer(info['data'], info['folder']), device, autocast)
+        if world > 1:
+            raise UserError('--gen_ppl runs in one process: start it without torchrun')
+        result = judge_samples(load(out_dir, weights, device), autocast)
     else:
-        result = likelihood(model, info, device, autocast, rank, world)
-        if rank == 0:
-            r = result
-            print(f'{r["rows"]} rows of {r["dataset"]}/{split}: {"" if r["exact"] else "at most "}{r["nll"]:.4f} +- '
-                  f'{r["error"]:.4f} nats per token, {r["bpd"]:.4f} bits, PPL {r["ppl"]:.2f} +- {r["ppl_error"]:.2f}, '
-                  f'{r["bits_per_byte"]:.4f} bits per byte')
-            if parts:
-                print(f'diffusion term {r["nll"]:.4f} + prior term {r["prior_term"]:.6f} + reconstruction term 0 '
-                      f'= {r["bound"]:.4f}')
+        with autocast:
+            result = likelihood(*load_model(out_dir, weights, device), device, rank, world)
     if rank == 0:
         print(json.dumps(result))
-    if ddp:
+    if world > 1:
         dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,65 @@
+"""The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with
+them, and bench.py measures what they cost."""
+import torch
+import torch.nn.functional as F
+
+from diffusion import gaussian_scales, noise_schedule, q_sample, transform
+
+
+def literal_nelbo(logits, xt, x0, alpha, dalpha):
+    """Eq. 17 term by term, (B,T) nats per token."""
+    K, a = logits.size(-1), alpha.unsqueeze(-1)
+    p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    xbar_theta = K * a * p + 1 - a
+    xbar = K * a * F.one_hot(x0, K) + 1 - a
+    xbar_theta_t = xbar_theta.gather(-1, xt.unsqueeze(-1))
+    xbar_t = xbar.gather(-1, xt.unsqueeze(-1))
+    ratio = xbar / xbar_t
+    inside = (ratio * (torch.log(xbar_theta_t / xbar_theta) + torch.log(ratio))).sum(-1)
+    top = (K / xbar_t - K / xbar_theta_t).squeeze(-1)
+    return dalpha / (K * alpha) * (top - inside)
+
+
+def gaussian_latent(x0, gamma, noise):
+    """w (B,T,K) = a onehot(x0) + s noise, at a log noise-to-signal ratio gamma (B,1)."""
+    a, s = (scale.float().unsqueeze(-1) for scale in gaussian_scales(gamma, x0.device))
+    return a * F.one_hot(x0, noise.size(-1)) + s * noise
+
+
+def literal_loss(model, x0, u, vocab_size, window=None, tau=1e-3):
+    """A micro-batch's loss by the discrete process or, with a window of gammas, the curriculum."""
+    if window is None:
+        alpha, dalpha = (v.float() for v in noise_schedule(1e-3 + (1 - 1e-3) * u))
+        x = xt = q_sample(x0, alpha, vocab_size)
+    else:
+        low, high = window
+        gamma = low + u * (high - low)
+        alpha, dalpha_dgamma = (v.float() for v in transform(gamma, vocab_size))
+        dalpha = dalpha_dgamma * (high - low)
+        noise = torch.randn(*x0.shape, vocab_size, device=x0.device)
+        w = gaussian_latent(x0, gamma, noise)
+        x, xt = (w / tau).softmax(-1), w.argmax(-1)
+    return literal_nelbo(model(x, -alpha.log()), xt, x0, alpha, dalpha).mean()
+
+
+def literal_distillation(model, teacher, x0, u, vocab_size, delta=1 / 512):
+    """Algorithm 1: KL(student at t || teacher at t - delta) on one Gaussian path."""
+    t = (1e-3 + (1 - 1e-3) * u + delta).clamp(max=1)
+    noise = torch.randn(*x0.shape, vocab_size, device=x0.device)
+    z, sigma = [], []
+    for gamma in (-4 + 3 * t, -4 + 3 * (t - delta)):
+        z.append(gaussian_latent(x0, gamma, noise).argmax(-1))
+        sigma.append(-transform(gamma, vocab_size)[0].log().float())
+    with torch.no_grad():
+        logq = teacher(z[1], sigma[1]).float().log_softmax(-1)
+    logp = model(z[0], sigma[0]).float().log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1).mean()
+
+
+def literal_reverse(logits, xt, alpha_s, alpha_t):
+    """Eq. 5: the whole posterior in float64, then Gumbel noise for all K tokens."""
+    p, K, a_ts = logits.double().softmax(-1), logits.size(-1), alpha_t / alpha_s
+    here = F.one_hot(xt, K)
+    q = here * (K * alpha_t * p + a_ts - alpha_t) + (alpha_s - alpha_t) * p
+    q = q + (1 - a_ts) * (1 - alpha_s) / K
+    return (q.log() - torch.empty_like(q).exponential_().log()).argmax(-1)
