@@ -1,5 +1,4 @@
 """Override files and --key=value for the settings at the top of a script, all of them checked."""
-import ast
 import difflib
 import inspect
 import linecache
@@ -21,7 +20,7 @@ class UserError(Exception):
 def configure(g, checks=(), argv=None):
     """Return {name: value} of a script's settings, as `argv` (default: sys.argv[1:]) changes them.
 
-        learning_rate = 3e-4  # a setting: a global int, float, bool or str without a leading '_'
+        learning_rate = 3e-4  # a setting: a global int, float, bool or str with a small letter
         CHECKS = [('learning_rate grad_clip', lambda v: v >= 0, 'at least 0')]
         globals().update(configure(globals(), CHECKS))
 
@@ -35,7 +34,7 @@ def configure(g, checks=(), argv=None):
     end each row of `checks` must hold: names, a predicate, the rule in words. Any mistake raises
     UserError.
     """
-    settings = {k: v for k, v in g.items() if not k.startswith('_') and type(v) in TYPES}
+    settings = {k: v for k, v in g.items() if k[0].islower() and type(v) in TYPES}
     folder = os.path.dirname(g.get('__file__', ''))
     args = list(sys.argv[1:] if argv is None else argv)
     while args:
@@ -121,22 +120,20 @@ def unknown(where, name, settings):
 
 
 def help_text(g, settings):
-    """The docstring, then the settings in the order and with the comments of the source."""
-    lines = linecache.getlines(g.get('__file__', ''))
+    """The docstring, then the settings with the headings and comments that the source has."""
     rest = dict(settings)
     out = [inspect.cleandoc(g.get('__doc__') or ''), '']
-    end = 0
-    for statement in ast.parse(''.join(lines)).body:
-        nodes = ast.walk(statement) if isinstance(statement, ast.Assign) else []
-        for node in nodes:
-            name = getattr(node, 'id', getattr(node, 'arg', ''))  # name = 1, or dict(name=1)
-            if name in rest:
-                above = [line.strip() for line in lines[end:node.lineno - 1]]
-                out += [line for line in above if line[:1] in ('', '#')]
-                _, mark, comment = lines[node.lineno - 1].partition('  #')
-                setting = f'--{name}={rest.pop(name)!r}'
-                out.append(f'{setting:<32}{mark}{comment}'.rstrip())
-                end = node.lineno
-        end = statement.end_lineno
-    out += [f'--{name}={value!r}' for name, value in rest.items()]  # declared elsewhere
-    return '\n'.join(out).replace('\n\n\n', '\n\n').strip()
+    follows = False                                      # is the line before a setting's?
+    for line in linecache.getlines(g.get('__file__', '')):
+        name = line.split('=')[0].strip()
+        if name in rest:
+            _, mark, comment = line.partition('  #')
+            setting = f'--{name}={rest.pop(name)!r}'
+            out.append(f'{setting:<32}{mark}{comment}'.rstrip())
+            follows = True
+        elif line.startswith('# --- ') or follows and line.strip().startswith('#'):
+            out.append(line.rstrip())
+        else:
+            follows = False
+    out += [f'--{name}={value!r}' for name, value in rest.items()]  # the source is elsewhere
+    return '\n'.join(out).strip()

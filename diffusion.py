@@ -184,7 +184,12 @@ def consistency_pair(x0, u, delta, vocab_size):
 
 def nelbo(logits, xt, x0, alpha, dalpha):
     """Duo's Rao-Blackwellised NELBO, nats per token (eq. 17), which validation and eval.py report.
-    logits (...,K); xt, x0 (...) ids; alpha, dalpha (...), 0 < alpha < 1.
+    logits (...,K); xt, x0 (...) ids; alpha, dalpha (...), 0 < alpha < 1."""
+    return nelbo_terms(logits, xt, x0, alpha, dalpha)[0]
+
+
+def nelbo_terms(logits, xt, x0, alpha, dalpha):
+    """nelbo, and of its terms those that its gradient needs too.
 
     The bound sums, over the tokens j that xt might come from, w_j (u_j - 1 - log u_j): w_j is the
     true rate, u_j the model's rate over the true one. It is the paper's in another order: no term
@@ -193,59 +198,40 @@ def nelbo(logits, xt, x0, alpha, dalpha):
     K = logits.size(-1)
     p = logits.softmax(-1, dtype=float32_at_least(logits.dtype))
     low = 1 - alpha                      # in alpha's own precision: near alpha = 1 digits would go
-    ratio = low / (K * alpha + low)      # K q(xt|x0) where xt is not x0, over where it is
-    alpha, dalpha, low, ratio = (v.to(p.dtype).unsqueeze(-1) for v in (alpha, dalpha, low, ratio))
-    xt, x0, K_alpha = xt.unsqueeze(-1), x0.unsqueeze(-1), K * alpha                  # (...,1)
-    same = xt == x0
-    p_t = p.gather(-1, xt)
-    rate_t = K_alpha * p_t + low                                     # K q(xt|.) by the model
-    rate_0 = K_alpha * p.gather(-1, x0) + low
+    high = K * alpha + low               # K q(xt|x0) is high where xt is x0, else low
+    alpha, dalpha, low, high, ratio, xt, x0 = (
+        v.unsqueeze(-1) for v in (alpha, dalpha, low, high, low / high, xt, x0))     # (...,1)
+    alpha, dalpha, low, high, ratio = (v.to(p.dtype) for v in (alpha, dalpha, low, high, ratio))
+    K_alpha, same = K * alpha, xt == x0
+    p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
+    rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
 
     # all tokens but xt, whose u is 1, and x0: excess = u - 1
     true_rate = torch.where(same, ratio, 1)
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
     excess = torch.addcmul(offset, p, K_alpha / (true_rate * rate_t))                # (...,K)
-    tokens = torch.arange(K, device=p.device)
-    counted = (tokens != xt) & (tokens != x0)
-    others = torch.where(counted, excess - torch.log1p(excess), 0).sum(-1, keepdim=True)
+    excess = excess.scatter_(-1, xt, 0).scatter_(-1, x0, 0)
+    others = true_rate * (excess - torch.log1p(excess)).sum(-1, keepdim=True)
     # x0, whose true rate is 1 / ratio where it is not xt
     u = ratio * rate_0 / rate_t
     clean = torch.where(same, 0, (u - 1 - torch.log(u)) / ratio)
-    return (-dalpha / K_alpha * (true_rate * others + clean)).squeeze(-1)
+    loss = (-dalpha / K_alpha * (others + clean)).squeeze(-1)
+    return loss, p, excess, p_t, p_0, rate_t, rate_0, low, high, ratio, K_alpha
 
 
 def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale):
     """nelbo (...), and scale (...) times its gradient by the logits (...,K) in closed form: the
-    same numbers as autograd's, in fewer passes over K. The first half repeats nelbo."""
-    K = logits.size(-1)
-    p = logits.softmax(-1, dtype=float32_at_least(logits.dtype))
-    low = 1 - alpha
-    high = K * alpha + low
-    ratio = low / high
-    alpha, dalpha, low, high, ratio = (
-        v.to(p.dtype).unsqueeze(-1) for v in (alpha, dalpha, low, high, ratio))
-    xt, x0, K_alpha = xt.unsqueeze(-1), x0.unsqueeze(-1), K * alpha
-    same = xt == x0
-    p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
-    rate_t = K_alpha * p_t + low
-    rate_0 = K_alpha * p_0 + low
-
-    true_rate = torch.where(same, ratio, 1)
-    offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
-    excess = torch.addcmul(offset, p, K_alpha / (true_rate * rate_t))
-    excess.scatter_(-1, xt, 0).scatter_(-1, x0, 0)
-    others = (excess - torch.log1p(excess)).sum(-1, keepdim=True)
-    u = ratio * rate_0 / rate_t
-    clean = torch.where(same, 0, (u - 1 - torch.log(u)) / ratio)
-    loss = (-dalpha / K_alpha * (true_rate * others + clean)).squeeze(-1)
-
+    same numbers as autograd's, in fewer passes over K."""
+    loss, p, excess, p_t, p_0, rate_t, rate_0, low, high, ratio, K_alpha = nelbo_terms(
+        logits, xt, x0, alpha, dalpha)
+    xt, x0 = xt.unsqueeze(-1), x0.unsqueeze(-1)
     # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
     share = torch.div(p, excess.add_(1), out=excess)
     share.scatter_(-1, x0, p_0 * rate_t / (ratio * rate_0))
-    at_t = torch.where(same, (1 - p_t) / high, -p_t / low)
-    share.scatter_(-1, xt, p_t + p_t * K * K_alpha / rate_t * at_t)
+    at_t = torch.where(xt == x0, (1 - p_t) / high, -p_t / low)
+    share.scatter_(-1, xt, p_t + p_t * logits.size(-1) * K_alpha / rate_t * at_t)
     grad = torch.addcmul(share, p, -share.sum(-1, keepdim=True))
-    grad.mul_(dalpha / rate_t * scale.unsqueeze(-1))
+    grad.mul_(dalpha.to(p.dtype).unsqueeze(-1) / rate_t * scale.unsqueeze(-1))
     return loss, grad.to(logits.dtype)
 
 

@@ -46,11 +46,10 @@ SAMPLER_OPTIONS = dict(
     sampler='ancestral',     # 'ancestral', the paper's; for a Duo also 'psi', which corrects itself
     steps=128,               # network calls; the last noise takes one more (AR: one a token)
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
-    top_p=0.0,               # draw from the likeliest tokens that hold this probability; 0: from
-                             # all, but with psi as published, 0.9 (loop 0.95)
+    top_p=1.0,               # draw from the likeliest tokens that hold this probability
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
-    psi='rescale',           # kind of psi: 'rescale', 'cap', 'constant', 'loop'
-    eta=0.0,                 # how much psi re-noises; 0: as published, 0.05 for rescale, else 0.01
+    psi='rescale',           # kind of psi: 'rescale', 'cap', 'loop'. Published, at 256 steps:
+    eta=0.05,                # rescale with eta 0.05, top_p 0.9; cap 0.01, 0.9; loop 0.01, 0.95
 )
 # --- where to
 watch = False                # show the first text while it denoises
@@ -59,20 +58,15 @@ out = ''                     # a file for the texts as JSON lines, instead of pr
 batch_size = 16              # texts at a time
 device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
-compile = False              # torch.compile: pays for many samples
 
-PUBLISHED = {                # psi's eta and top_p, for 256 steps
-    'rescale': (0.05, 0.9),
-    'cap': (0.01, 0.9),
-    'constant': (0.01, 0.9),
-    'loop': (0.01, 0.95),
-}
+T_END = 1e-5                 # the time from which the last call removes the noise that is left
 SAMPLER_CHECKS = [
     ('steps', lambda v: v >= 1, 'at least 1'),
     ('temperature', lambda v: v > 0, 'above 0'),
-    ('top_p eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
+    ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
+    ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('sampler', lambda v: v in SAMPLERS, 'ancestral or psi'),
-    ('psi', lambda v: v in PUBLISHED, 'rescale, cap, constant or loop'),
+    ('psi', lambda v: v in ('rescale', 'cap', 'loop'), 'rescale, cap or loop'),
 ]
 CHECKS = [
     ('num_samples batch_size', lambda v: v >= 1, 'at least 1'),
@@ -112,13 +106,13 @@ def likeliest(logits, xt):
     return logits.argmax(-1)
 
 
-def even_times(steps, eps=1e-5):
-    return torch.linspace(1, eps, steps + 1, dtype=torch.float64)
+def ramp(first, last, count):
+    return torch.linspace(first, last, count, dtype=torch.float64)
 
 
 def ancestral(step, xt, steps, greedy, **_):
     """The paper's: each step draws from the reverse process (eq. 5) as the network has it."""
-    alphas = noise_schedule(even_times(steps))[0]
+    alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
     return denoise_along(step, xt, alphas, torch.ones(steps), greedy)
 
 
@@ -130,28 +124,25 @@ def psi_alphas_kappas(steps, psi, eta):
               rule it is named after (ReMDM, arXiv 2503.00307) has min(1, ...): a small eta
               becomes eta squared
     cap       sigma = min(eta, (1 - alpha_s)/alpha_t)
-    constant  sigma = eta
     loop      ancestral to alpha 0.9 in 45% of the steps, half of them there with sigma = eta, then
               ancestral again
     """
-    times = even_times(steps)
-    corrected = slice(None)
+    times = ramp(1, T_END, steps + 1)
+    corrects = torch.ones(steps, dtype=torch.bool)
     if psi == 'loop':
         t = time_of_alpha(0.9)
         before, during = round(0.45 * (steps + 1)), round(0.5 * (steps + 1))
-        after = steps + 1 - before - during
-        times = torch.cat([
-            torch.linspace(1, t, before, dtype=torch.float64),
-            torch.full((during,), t, dtype=torch.float64),
-            torch.linspace(t, 1e-5, after, dtype=torch.float64)])
-        corrected = slice(before, max(before, before + during - 1))
+        after = before + during
+        times[:before] = ramp(1, t, before)
+        times[before:after] = t
+        times[after:] = ramp(t, T_END, steps + 1 - after)
+        corrects[:before] = False
+        corrects[after - 1:] = False
     alphas = noise_schedule(times)[0]
     alpha_t, alpha_s = alphas[:-1], alphas[1:]
     capped = ((1 - alpha_s) / alpha_t).clamp(max=eta)
-    sigma = {'rescale': eta * capped, 'cap': capped}.get(psi, eta)
-    kappas = torch.ones(steps, dtype=torch.float64)
-    kappas[corrected] = (1 - sigma / (1 - alpha_s)).clamp(0, 1)[corrected]
-    return alphas, kappas
+    sigma = {'rescale': eta * capped, 'cap': capped, 'loop': eta}[psi]
+    return alphas, torch.where(corrects, (1 - sigma / (1 - alpha_s)).clamp(0, 1), 1.0)
 
 
 def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
@@ -162,7 +153,7 @@ def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
 
 def unmask(step, xt, mask_id, steps, **_):
     """MDLM's ancestral sampler: each step replaces some masks by tokens, which then stay."""
-    alphas = noise_schedule(even_times(steps))[0].tolist() + [1.0]
+    alphas = noise_schedule(ramp(1, T_END, steps + 1))[0].tolist() + [1.0]
     for alpha_t, alpha_s in zip(alphas, alphas[1:]):
         draw = partial(masked_reverse_step, alpha_s=alpha_s, alpha_t=alpha_t, mask_id=mask_id)
         xt = step(xt, 1.0, draw)             # that network is told no time: sigma = -log(1) = 0
@@ -196,7 +187,8 @@ def denoise(loaded, xt, fixed=None, **options):
     """Yields xt (B,T) after each network call. xt starts as sample_prior; what stands where fixed
     (B,T) is true stays. options: those of SAMPLER_OPTIONS that shall differ."""
     model, _, info = loaded
-    o = complete_options(info, **options)
+    o = SAMPLER_OPTIONS | options
+    check_options(info, o)
     linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
     given = xt
     if fixed is None:
@@ -219,27 +211,21 @@ def denoise(loaded, xt, fixed=None, **options):
         yield from SAMPLERS[o['sampler']](step, xt, **o)
 
 
-def complete_options(info, **options):
-    """All of SAMPLER_OPTIONS, checked; where eta or top_p is 0, what was published for psi (at 256
-    steps), or no nucleus."""
-    if unknown := sorted(options.keys() - SAMPLER_OPTIONS.keys()):
+def check_options(info, options):
+    """UserError where options, a whole SAMPLER_OPTIONS, cannot be."""
+    unknown = sorted(options.keys() - SAMPLER_OPTIONS.keys())
+    if unknown:
         raise UserError(f'{unknown[0]} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
-    o = SAMPLER_OPTIONS | options
-    check(o, SAMPLER_CHECKS)
-    if o['sampler'] != 'ancestral' and info['objective'] != 'duo':
-        raise UserError(f'--sampler={o["sampler"]} is for a Duo; this model is {info["objective"]}')
-    eta, top_p = PUBLISHED[o['psi']]
-    o['eta'] = o['eta'] or eta
-    o['top_p'] = o['top_p'] or (top_p if o['sampler'] == 'psi' else 1.0)
-    return o
+    check(options, SAMPLER_CHECKS)
+    if options['sampler'] != 'ancestral' and info['objective'] != 'duo':
+        raise UserError(f'--sampler={options["sampler"]} is for a Duo, not for this '
+                        f'{info["objective"]} model')
 
 
-def describe_sampler(info, **options):
-    """The options that are not the default ones, in a few words."""
-    o = complete_options(info, **options)
-    changed = [f'{name} {o[name]}' for name, default in complete_options(info).items()
-               if o[name] != default and name not in ('steps', 'temperature')]
-    return ', '.join(changed) or 'ancestral'
+def describe_sampler(options):
+    """The options that differ from the default ones, in a few words."""
+    return ', '.join(f'{name} {value}' for name, value in options.items()
+                     if value != SAMPLER_OPTIONS[name] and name != 'steps') or 'ancestral'
 
 # --------------------------------------------------------------------------------------------------
 # texts
@@ -325,13 +311,11 @@ def main():
     loaded = load(where, weights, device)
     model, tokenizer, info = loaded
     autocast = pick_dtype(dtype, pick_device(device))[1]
-    name = describe_sampler(info, **options)
+    check_options(info, options)
     if prompts and prompt:
         raise UserError(f'--prompts={prompts} and --prompt: give one of them')
     lines = read_prompts(prompts) if prompts else [prompt]
     lines = [line for line in lines for _ in range(num_samples)]
-    if compile and info['objective'] != 'ar':            # AR would compile every length
-        model.hidden = torch.compile(model.hidden)
 
     torch.manual_seed(seed)
     began = time.time()
@@ -362,7 +346,7 @@ def main():
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({describe_sampler(options)}): '
           f'{seconds:.1f} s')
 
 

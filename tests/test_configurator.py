@@ -23,26 +23,26 @@ import math  # not a setting's comment
 import sys
 from configurator import UserError, configure
 
-# ---- where things go
+# --- where things go
 out_dir = 'out # 1'  # where checkpoints go # really
 init_from = "scratch"
 
-# how long
-# and how fast
+# --- how long
 max_iters = 100              # optimiser steps
-learning_rate = 3e-4         # peak
-# AdamW
-beta1, beta2 = 0.9, 0.95     # averages
+learning_rate = 3e-4         # peak, which is reached
+                             # after the warm-up
+# a comment that belongs to no setting
+beta1 = 0.9
+beta2 = 0.95                 # averages
 gamma_min = -3.5             # window
-# compiled unless told otherwise
+
 compile = True
-name = ('a'  # two lines
-        'b')
+name = 'ab'
 _private = 3
-# how to sample
+CONSTANT = 4
+# --- how to sample
 OPTIONS = dict(
     sampler='psi',           # which
-    # corrections
     eta=0.5,
     steps=8)                 # network calls
 OTHERS = dict(unseen=1)      # not merged
@@ -54,7 +54,7 @@ try:
 except UserError as error:
     sys.exit(str(error))
 max_iters_doubled = max_iters * 2
-plain = {k: v for k, v in globals().items() if type(v) in (int, float, bool, str) and k[0] != '_'}
+plain = {k: v for k, v in globals().items() if type(v) in (int, float, bool, str) and k[0].islower()}
 print(json.dumps(plain))
 '''
 
@@ -129,24 +129,21 @@ Train a small thing.
 
 $ python train.py config/tiny.py --max_iters=10
 
-# ---- where things go
+# --- where things go
 --out_dir='out # 1'               # where checkpoints go # really
 --init_from='scratch'
-
-# how long
-# and how fast
+# --- how long
 --max_iters=10                    # optimiser steps
---learning_rate=0.0003            # peak
-# AdamW
---beta1=0.9                       # averages
+--learning_rate=0.0003            # peak, which is reached
+                             # after the warm-up
+# a comment that belongs to no setting
+--beta1=0.9
 --beta2=0.99                      # averages
 --gamma_min=-3.5                  # window
-# compiled unless told otherwise
 --compile=True
---name='ab'                       # two lines
-# how to sample
+--name='ab'
+# --- how to sample
 --sampler='psi'                   # which
-# corrections
 --eta=0.5
 --steps=8                         # network calls
 '''
@@ -160,7 +157,7 @@ def test_help_of_settings_declared_elsewhere(project):
     text = text[:start] + 'from options import OPTIONS\n' + text[end:]
     (project / 'project/train.py').write_text(text)
     r = run(project, '--help')
-    assert r.returncode == 0 and r.stdout.endswith("  # two lines\n--steps=8\n")
+    assert r.returncode == 0 and r.stdout.endswith("--name='ab'\n# --- how to sample\n--steps=8\n")
 
 
 def test_help_without_source(capsys):
