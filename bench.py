@@ -24,8 +24,8 @@ import train
 from configurator import UserError, configure
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
-from diffusion import reverse_step, soft_tokens, stratified_times, transform
-from model import DiT, DiTConfig, update_ema
+from diffusion import stratified_times
+from model import DiT, update_ema
 
 plan = False                 # what the whole run would take, instead of the formulas' costs
 gpus = 1                     # devices like this one that the run would have
@@ -110,20 +110,6 @@ def find_vocabulary():
     return VOCAB_SIZES[train.dataset], f'that of {train.dataset}, which is not here', 0
 
 
-def make_model(K, device):
-    config = DiTConfig(
-        vocab_size=K + 1 if train.objective == 'mdlm' else K,
-        block_size=train.block_size,
-        n_layer=train.n_layer,
-        n_head=train.n_head,
-        n_embd=train.n_embd,
-        cond_dim=train.cond_dim,
-        dropout=train.dropout,
-        causal=train.objective == 'ar',
-    )
-    return DiT(config).to(device)
-
-
 def flops_per_token(c):
     """Of forward and backward: 6 for each weight of the blocks and the head, and attention's."""
     weights = 12 * c.n_layer * c.n_embd ** 2 + c.n_embd * c.vocab_size
@@ -152,7 +138,7 @@ def plan_run(device, dtype_name, autocast):
                         'gradient_accumulation_steps')
     K, source, epoch = find_vocabulary()
     x0, u = random_batch(K, device)
-    model = make_model(K, device)
+    model = DiT(train.model_config(K)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     teacher = copy.deepcopy(ema) if train.objective == 'dcd' else None
     optimizers = train.build_optimizer(model)
@@ -200,52 +186,6 @@ def plan_run(device, dtype_name, autocast):
         print(f'a price of about {hours * price_per_hour:,.2f}')
 
 
-def compare(device, autocast):
-    """Measure the paper's formulas as they read (literal) and what replaces them (ours), without
-    torch.compile."""
-    sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
-    from literal import literal_distillation, literal_loss, literal_reverse
-    K = find_vocabulary()[0]
-    x0, u = random_batch(K, device)
-    train.objective, train.curriculum_frac = 'duo', 0.5
-    model = make_model(K, device)
-    teacher = copy.deepcopy(model).eval()
-
-    def ours(objective, step):
-        train.objective = objective
-        return train.training_loss(model, x0, u, step, K, train.loss_of(objective, K), teacher)
-
-    def training(loss):
-        def call():
-            model.zero_grad()
-            with autocast:
-                value = loss()
-            value.backward()
-        return call
-
-    logits = torch.randn(*x0.shape, K, device=device)
-    pairs = {
-        'discrete': (
-            training(lambda: literal_loss(model, x0, u, K)),
-            training(lambda: ours('duo', train.max_iters - 1))),
-        'curriculum': (
-            training(lambda: literal_loss(model, x0, u, K, (train.gamma_min, train.gamma_max))),
-            training(lambda: ours('duo', 0))),
-        'distillation': (
-            training(lambda: literal_distillation(model, teacher, x0, u, K)),
-            training(lambda: ours('dcd', 0))),
-        'sampling': (
-            lambda: literal_reverse(logits, x0, 0.6, 0.5),
-            lambda: reverse_step(logits, x0, 0.6, 0.5))
-    }
-    table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
-    for name, calls in pairs.items():
-        a = measure(f'{name}, literal', calls[0], device, x0.numel())
-        b = measure(f'{name}, ours', calls[1], device, x0.numel())
-        table.append(f'| {name} | {a["ms"] / b["ms"]:.1f} | {a["mb"] / max(b["mb"], 1):.1f} |')
-    print('\n'.join(table))
-
-
 def main():
     settings = configure({**vars(train), **globals()}, CHECKS)
     globals().update(settings)
@@ -257,7 +197,9 @@ def main():
     if plan:
         plan_run(here, dtype_name, autocast)
     else:
-        compare(here, autocast)
+        sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
+        from literal import compare
+        compare(sys.modules[__name__], here, autocast)
 
 
 if __name__ == '__main__':

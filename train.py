@@ -210,7 +210,14 @@ def accumulate_gradients(model, teacher, loss_fn, step, data, meta, n_train, sca
 
 
 # --------------------------------------------------------------------------------------------------
-# the optimisers
+# the model and its optimisers
+
+def model_config(vocab_size):
+    if objective == 'mdlm':
+        vocab_size += 1                                  # the mask is the last id
+    return DiTConfig(vocab_size, block_size, n_layer, n_head, n_embd, cond_dim, dropout,
+                     causal=objective == 'ar')
+
 
 def build_optimizer(model):
     """A list of optimisers, each with its own rates: warm-up, clipping, skipped steps, checkpoints
@@ -335,10 +342,8 @@ def main():
 
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
-    kind = 'duo' if objective == 'dcd' else objective                 # a distilled Duo is a Duo
-    n_tokens = vocab_size + 1 if objective == 'mdlm' else vocab_size  # the mask is the last id
-    config = DiTConfig(n_tokens, block_size, n_layer, n_head, n_embd, cond_dim, dropout,
-                       causal=objective == 'ar')
+    kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
+    config = model_config(vocab_size)
     model = DiT(config).to(here)
     if start not in ('scratch', 'resume'):
         load_weights(start, model, meta)

@@ -1,9 +1,12 @@
 """The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with
 them, and bench.py measures what they cost."""
+import copy
+
 import torch
 import torch.nn.functional as F
 
-from diffusion import gaussian_scales, noise_schedule, q_sample, transform
+import train
+from diffusion import gaussian_scales, noise_schedule, q_sample, reverse_step, transform
 
 
 def literal_nelbo(logits, xt, x0, alpha, dalpha):
@@ -63,3 +66,47 @@ def literal_reverse(logits, xt, alpha_s, alpha_t):
     q = here * (K * alpha_t * p + a_ts - alpha_t) + (alpha_s - alpha_t) * p
     q = q + (1 - a_ts) * (1 - alpha_s) / K
     return (q.log() - torch.empty_like(q).exponential_().log()).argmax(-1)
+
+
+def compare(bench, device, autocast):
+    """python bench.py: measure the paper's formulas as they read (literal) and what replaces them
+    (ours), without torch.compile. bench: that module, as it runs."""
+    K = bench.find_vocabulary()[0]
+    x0, u = bench.random_batch(K, device)
+    train.objective, train.curriculum_frac = 'duo', 0.5
+    model = bench.DiT(train.model_config(K)).to(device)
+    teacher = copy.deepcopy(model).eval()
+
+    def ours(objective, step):
+        train.objective = objective
+        return train.training_loss(model, x0, u, step, K, train.loss_of(objective, K), teacher)
+
+    def training(loss):
+        def call():
+            model.zero_grad()
+            with autocast:
+                value = loss()
+            value.backward()
+        return call
+
+    logits = torch.randn(*x0.shape, K, device=device)
+    pairs = {
+        'discrete': (
+            training(lambda: literal_loss(model, x0, u, K)),
+            training(lambda: ours('duo', train.max_iters - 1))),
+        'curriculum': (
+            training(lambda: literal_loss(model, x0, u, K, (train.gamma_min, train.gamma_max))),
+            training(lambda: ours('duo', 0))),
+        'distillation': (
+            training(lambda: literal_distillation(model, teacher, x0, u, K)),
+            training(lambda: ours('dcd', 0))),
+        'sampling': (
+            lambda: literal_reverse(logits, x0, 0.6, 0.5),
+            lambda: reverse_step(logits, x0, 0.6, 0.5))
+    }
+    table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
+    for name, calls in pairs.items():
+        a = bench.measure(f'{name}, literal', calls[0], device, x0.numel())
+        b = bench.measure(f'{name}, ours', calls[1], device, x0.numel())
+        table.append(f'| {name} | {a["ms"] / b["ms"]:.1f} | {a["mb"] / max(b["mb"], 1):.1f} |')
+    print('\n'.join(table))
