@@ -27,7 +27,7 @@ from checkpoint import load_model
 from configurator import UserError, check, configure
 from data import Tokenizer, load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, flatten_tokens, float64_device, head_chunks, noise_schedule,
+from diffusion import (categorical, flatten_tokens, head_chunks, noise_schedule,
                        masked_reverse_step, reverse_step, time_of_alpha, top_p_filter)
 from model import DiT
 
@@ -56,7 +56,7 @@ watch = False                # show the first text while it denoises
 html = ''                    # a file for a page that shows the denoising (of the first batch)
 out = ''                     # a file for the texts as JSON lines, instead of printing them
 batch_size = 16              # texts at a time
-device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
+device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 
 T_END = 1e-5                 # the time from which the last call removes the noise that is left
@@ -164,8 +164,8 @@ SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
 
 
 def shape_logits(logits, temperature, top_p):
-    """logits (n,K) at a temperature, cut to the nucleus, where a draw can use float64."""
-    logits = logits.to(float64_device(logits.device)).float() / temperature
+    """logits (n,K) at a temperature, cut to the nucleus."""
+    logits = logits.float() / temperature
     return top_p_filter(logits, top_p) if top_p < 1 else logits
 
 
@@ -176,7 +176,7 @@ def generate_ar(model, xt, fixed, temperature, top_p, **_):
     for i in range(1, xt.size(1)):
         h = model.hidden(xt[:, i - 1:i], cache=cache)                      # (B,1,C)
         logits = shape_logits(model.output_layer.linear(h[:, 0]), temperature, top_p)
-        token = categorical(logits.softmax(-1)).to(xt.device)              # (B,)
+        token = categorical(logits.softmax(-1))                            # (B,)
         xt = xt.clone()
         xt[:, i] = torch.where(fixed[:, i], xt[:, i], token)
         yield xt
@@ -200,7 +200,7 @@ def denoise(loaded, xt, fixed=None, **options):
         xs = torch.empty_like(x)
         for rows, _, logits, [x_rows] in head_chunks(h, linear.weight, linear.bias, x):
             logits = shape_logits(logits[:, :vocab_size], o['temperature'], o['top_p'])
-            xs[rows] = draw(logits, x_rows.to(logits.device)).to(x.device)
+            xs[rows] = draw(logits, x_rows)
         return torch.where(fixed, given, xs.view_as(xt))
 
     if info['objective'] == 'ar':
