@@ -101,7 +101,7 @@ def infer_info(config, state, where):
 
     mask = 1 if objective == 'mdlm' else 0
     n_tokens = K - mask
-    if n_tokens - 1 in TOKENIZERS:
+    if n_tokens - 1 in TOKENIZERS:                       # one token more than the tokenizer has
         n_tokens -= 1
         for name, w in state.items():
             if w.shape[:1] == (K,):                      # the embedding and the head
