@@ -145,14 +145,14 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
 # --------------------------------------------------------------------------------------------------
 # reading
 
-def read_torch(path, kinds, device='cpu'):
+def read_torch(path, kinds):
     """torch.load of a dict with entries of these kinds, from a file that is whole."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch writes checksums, but does not read them
         if damaged:
             raise zipfile.BadZipFile(f'{damaged} is damaged')
-        found = torch.load(path, map_location=device, weights_only=True)
+        found = torch.load(path, map_location='cpu', weights_only=True)
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be used: {error!r:.200}')
     if not has_entries(found, kinds):
@@ -160,12 +160,12 @@ def read_torch(path, kinds, device='cpu'):
     return found
 
 
-def load_state(out_dir, device='cpu'):
+def load_state(out_dir):
     """The dict that save() was given last, from the newest file that is whole. Prints why if that
     is not last.pt."""
     for path in [Path(f'{out_dir}/last.pt'), *step_files(out_dir)]:
         try:
-            state = read_torch(path, STATE, device)
+            state = read_torch(path, STATE)
         except UserError as error:
             print(error)
             continue

@@ -27,12 +27,11 @@ def float32_at_least(dtype):
 # --------------------------------------------------------------------------------------------------
 # schedules: how much of the clean text is left
 
-def stratified_times(u, first, count, total, low=0.0, device='cpu'):
-    """count (B,1) float64 times in [low, 1): numbers first .. first+count-1 of `total` times that
-    share one offset u and are spread evenly."""
+def stratified_times(u, first, count, total, device='cpu'):
+    """count (B,1) float64 times in [0, 1): numbers first .. first+count-1 of `total` times that share
+    one offset u and are spread evenly."""
     i = torch.arange(first, first + count, dtype=torch.float64, device=device)
-    t = (u + i.unsqueeze(-1)) / total % 1                            # (B,1)
-    return low + (1 - low) * t
+    return (u + i.unsqueeze(-1)) / total % 1                         # (B,1)
 
 
 def noise_schedule(t, dtype=torch.float64, eps=1e-3):

@@ -286,23 +286,6 @@ def denoising_page(tokenizer, frames, title):
     return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
-def write_text(setting, path, text):
-    try:
-        Path(path).write_text(text, encoding='utf-8')
-    except OSError as error:
-        raise UserError(f'cannot write --{setting}={path}: {error.strerror}')
-
-
-def read_prompts(path):
-    try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read --prompts={path}: {error}')
-    if not lines:
-        raise UserError(f'--prompts={path} has no lines')
-    return lines
-
-
 def main():
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
     signal.signal(signal.SIGINT, signal.SIG_DFL)                           # Ctrl-C is no error
@@ -312,9 +295,9 @@ def main():
     model, tokenizer, info = loaded
     autocast = pick_dtype(dtype, pick_device(device))[1]
     check_options(info, options)
-    if prompts and prompt:
-        raise UserError(f'--prompts={prompts} and --prompt: give one of them')
-    lines = read_prompts(prompts) if prompts else [prompt]
+    lines = [prompt]
+    if prompts:
+        lines = Path(prompts).read_text('utf-8', 'replace').splitlines()
     lines = [line for line in lines for _ in range(num_samples)]
 
     torch.manual_seed(seed)
@@ -338,10 +321,10 @@ def main():
 
     if html:
         page = denoising_page(tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
-        write_text('html', html, page)
+        Path(html).write_text(page, 'utf-8')
     if out:
-        records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
-        write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+        records = [json.dumps(dict(prompt=p, text=t), ensure_ascii=False) for p, t in zip(lines, texts)]
+        Path(out).write_text('\n'.join(records) + '\n', 'utf-8')
     else:
         for text in texts:
             print('-' * 80, text, sep='\n')
@@ -353,5 +336,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

@@ -356,7 +356,7 @@ def main():
 
     # ---- resume
     if start == 'resume':
-        state = load_state(out_dir, here)
+        state = load_state(out_dir)
         changed = check_resume(out_dir, state, settings, config, token_files)
         if master and changed:
             print(f'resuming with changed settings: {changed}')
@@ -504,5 +504,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))
