@@ -53,7 +53,7 @@ SAMPLER_OPTIONS = dict(
 )
 # --- where to
 watch = False                # show the first text while it denoises
-html = ''                    # a file for a page that shows the denoising (of the first batch)
+html = ''                    # a file for a page that shows the denoising (of the last batch)
 out = ''                     # a file for the texts as JSON lines, instead of printing them
 batch_size = 16              # texts at a time
 device = 'auto'              # 'cuda', 'cpu', or the best there is
@@ -292,9 +292,7 @@ def main():
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     where = init_from or out_dir
     loaded = load(where, weights, device)
-    model, tokenizer, info = loaded
     autocast = pick_dtype(dtype, pick_device(device))[1]
-    check_options(info, options)
     lines = [prompt]
     if prompts:
         lines = Path(prompts).read_text('utf-8', 'replace').splitlines()
@@ -302,35 +300,34 @@ def main():
 
     torch.manual_seed(seed)
     began = time.time()
-    texts, frames, calls = [], [], 0
+    texts, calls = [], 0
     noise, fixed = start_tokens(loaded, lines, suffix, length)
     for i in range(0, len(lines), batch_size):
         rows = slice(i, i + batch_size)
-        batch = [noise[rows]]
+        frames = [noise[rows]]
         with autocast:
             for xt in denoise(loaded, noise[rows], fixed[rows], **options):
-                calls += 1
+                frames.append(xt)
                 if watch:                                # clear the terminal, write the text
-                    text = tokenizer.decode(xt[0].tolist())
-                    print(f'\x1b[H\x1b[2J{text}\n\n[call {calls}]', flush=True)
-                if html and i == 0:
-                    batch.append(xt)
-        frames = frames or batch
-        texts += [tokenizer.decode(row) for row in xt.tolist()]
+                    text = loaded.tokenizer.decode(xt[0].tolist())
+                    print(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames) - 1}]', flush=True)
+        texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
+        calls += len(frames) - 1
     seconds = time.time() - began
 
     if html:
-        page = denoising_page(tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
+        page = denoising_page(loaded.tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
         Path(html).write_text(page, 'utf-8')
     if out:
-        records = [json.dumps(dict(prompt=p, text=t), ensure_ascii=False) for p, t in zip(lines, texts)]
-        Path(out).write_text('\n'.join(records) + '\n', 'utf-8')
+        records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
+        records = [json.dumps(record, ensure_ascii=False) + '\n' for record in records]
+        Path(out).write_text(''.join(records), 'utf-8')
     else:
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({describe_sampler(options)}): '
-          f'{seconds:.1f} s')
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
+          f'({describe_sampler(options)}): {seconds:.1f} s')
 
 
 if __name__ == '__main__':
