@@ -496,9 +496,10 @@ def main():
     elif log_file:
         run_script('plot.py', out_dir)
         write_card(out_dir, sys.argv[1:], world)
-        run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
-                   f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
-                   f'--dtype={dtype_name}')
+        if num_samples:
+            run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
+                       f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
+                       f'--dtype={dtype_name}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:
