@@ -235,11 +235,11 @@ def clip_and_step(optimizers, scaler, params):
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     finite = norm.isfinite()
     for optimizer in optimizers:
-        if optimizer.defaults.get('fused'):
+        fused = optimizer.defaults.get('fused')
+        if fused:
             optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        elif not finite:
-            optimizer.zero_grad()
-        scaler.step(optimizer)
+        if fused or finite:                              # scaler.step() would not see the others
+            optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return finite

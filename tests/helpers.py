@@ -74,6 +74,18 @@ def project_with(folder, code, script='train.py'):
     return folder / 'train.py'
 
 
+def wrapped_loss(expression):
+    """Code for project_with that makes of train.py's loss an expression of loss and step."""
+    return f'''
+_training_loss = training_loss
+
+
+def training_loss(model, x0, u, step, *rest):
+    loss = _training_loss(model, x0, u, step, *rest)
+    return {expression}
+'''
+
+
 def good(done):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
