@@ -270,7 +270,7 @@ def test_nelbo_in_float32_at_a_large_vocabulary():
     (torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize('K', [2, 5, 4099])
 def test_nelbo_and_grad_against_autograd_of_nelbo(K, dtype, tolerance):
-    """Of the same logits in float64, noised and clean tokens, from hardly any noise to all of it."""
+    """Of the same logits in float64; noised and clean tokens, from hardly any noise to all."""
     wide = torch.promote_types(dtype, torch.float32)
     alpha = torch.tensor([[0.001], [0.1], [0.5], [0.9], [0.999]], dtype=wide)
     dalpha = -torch.rand(5, 1, dtype=wide) - 0.1
@@ -545,7 +545,7 @@ def test_mdlm_nelbo_is_the_mean_over_all_orders_of_writing(K, T):
             nats -= model[tuple(xt)][i, :K].log_softmax(-1)[x0[i]].item()
             xt[i] = x0[i].item()
     nats /= math.factorial(T)
-    nodes, weights = np.polynomial.legendre.leggauss(16)                 # exact for these polynomials
+    nodes, weights = np.polynomial.legendre.leggauss(16)                 # exact: these are polynomials
     bound = 0
     for node, weight in zip(nodes, weights):
         alpha = torch.tensor((node + 1) / 2)
