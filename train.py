@@ -239,11 +239,11 @@ def clip_and_step(optimizers, scaler, params):
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     finite = norm.isfinite()
     for optimizer in optimizers:
-        if optimizer.defaults.get('fused'):
+        fused = optimizer.defaults.get('fused')
+        if fused:
             optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        elif not finite:
-            optimizer.zero_grad()
-        scaler.step(optimizer)
+        if fused or finite:                              # scaler.step() would not see the others
+            optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return finite
@@ -492,9 +492,10 @@ def main():
     elif log_file:
         run_script('plot.py', out_dir)
         write_card(out_dir, sys.argv[1:], world)
-        run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
-                   f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
-                   f'--dtype={dtype_name}')
+        if num_samples:
+            run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
+                       f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
+                       f'--dtype={dtype_name}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:
