@@ -326,8 +326,9 @@ def main():
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
-          f'({describe_sampler(options)}): {seconds:.1f} s')
+    name = 'autoregressive' if loaded.info['objective'] == 'ar' else describe_sampler(options)
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
+          f'{seconds:.1f} s')
 
 
 if __name__ == '__main__':
