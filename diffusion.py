@@ -234,15 +234,13 @@ def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
     return weights * cross_entropy(logits[..., :mask_id], x0)
 
 
-def teacher_kl(logits, h, weight, bias, forward=False):
-    """KL(student || teacher), nats per token (eq. 23; the direction of the published code), or with
-    forward KL(teacher || student). logits (...,K) are the student's; the teacher's are made here,
-    from its trunk's output h (...,C) and its head, so that they need not be kept."""
+def teacher_kl(logits, h, weight, bias):
+    """KL(student || teacher), nats per token (eq. 23; the direction of the published code). logits
+    (...,K) are the student's; the teacher's are made here, from its trunk's output h (...,C) and
+    its head, so that they need not be kept."""
     log_p = logits.log_softmax(-1, dtype=float32_at_least(logits.dtype))
     teacher = F.linear(h.to(logits.dtype), weight.to(logits.dtype), bias.to(logits.dtype))
     log_q = teacher.log_softmax(-1, dtype=log_p.dtype)
-    if forward:
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 # --------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ or, in a notebook:
     print(generate(model, 'def main():', steps=32)[0])
 """
 import json
-import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import load_model
-from configurator import UserError, check, configure
+from configurator import UserError, check, configure, run
 from data import Tokenizer, load_tokenizer
 from device import pick_device, pick_dtype
 from diffusion import (categorical, flatten_tokens, head_chunks, noise_schedule,
@@ -288,7 +286,6 @@ def denoising_page(tokenizer, frames, title):
 
 def main():
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                           # Ctrl-C is no error
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     where = init_from or out_dir
     loaded = load(where, weights, device)
@@ -334,7 +331,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from checkpoint import (append_log, check_resume, has_state, load_model, load_state, open_log,
                         save, set_aside_older_run, write_card)
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
 from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
@@ -76,7 +76,6 @@ curriculum_k = 5             # tokens mixed at each position
 dcd_rounds = 5               # distillation: the teacher is renewed at the start of each round
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each round doubles it
 dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
-dcd_forward_kl = False       # KL(teacher || student), not the published KL(student || teacher)
 # --- optimiser: AdamW
 learning_rate = 1.5e-3
 max_iters = 1800
@@ -141,7 +140,7 @@ def loss_of(objective, vocab_size):
     if objective == 'mdlm':
         return partial(mdlm_nelbo, mask_id=vocab_size)
     if objective == 'dcd':
-        return partial(teacher_kl, forward=dcd_forward_kl)
+        return teacher_kl
     return nelbo
 
 
@@ -503,7 +502,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)
