@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import diffusion
+import sample
 import train
 from checkpoint import load_model
 from data import epoch_rows, get_rows, load_data, num_rows
@@ -280,6 +282,34 @@ def test_a_cosine_schedule_trains_validates_and_samples(work, tmp_path):
     said = good(run(work, tmp_path / 'sample.py', '--out_dir=cosine', '--sampler=psi',
                     '--psi=loop', '--steps=9'))
     assert '10 network calls' in said
+
+
+def test_the_schedule_reaches_the_loss_and_the_samplers(monkeypatch):
+    cosine = dict(vars(diffusion))
+    exec(COSINE, cosine)
+    for module in (train, sample):
+        monkeypatch.setattr(module, 'noise_schedule', cosine['noise_schedule'])
+    monkeypatch.setattr(sample, 'time_of_alpha', cosine['time_of_alpha'])
+    change(monkeypatch, objective='duo', curriculum_frac=0.0)
+    torch.manual_seed(0)
+    (model,) = random_model(50)
+    x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
+    torch.manual_seed(5)
+    loss = train.training_loss(model, x0, u, 0, 50, nelbo)
+    alpha, dalpha = (v.float() for v in cosine['noise_schedule'](1e-3 + (1 - 1e-3) * u))
+    torch.manual_seed(5)
+    xt = q_sample(x0, alpha, 50)
+    exact = nelbo(model(xt, -alpha.log()), xt, x0, alpha, dalpha).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+    times = torch.linspace(1, 1e-5, 21, dtype=torch.float64)
+    alphas = cosine['noise_schedule'](times)[0].tolist()
+    assert sample.psi_alphas_kappas(20, 'cap', 0.1)[0].tolist() == pytest.approx(alphas)
+    told = []
+    list(sample.ancestral(lambda xt, alpha, draw: told.append(alpha), None, 20, False))
+    assert told == pytest.approx(alphas)
+    held = sample.psi_alphas_kappas(20, 'loop', 0.1)[0]
+    assert ((held - 0.9).abs() < 1e-6).sum() >= 10
 
 
 # --------------------------------------------------------------------------------------------------
