@@ -5,18 +5,14 @@ Speed and memory on this machine, and the plan of a whole run. Takes train.py's 
     python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas as they read, and ours
     python bench.py --n_layer=4 --n_embd=256 --vocab_size=50257            # the same on a laptop
 
-Tokens are random, so no data set is needed. ms: the median call, and the range of all. MB: the
-peak above what is held between calls. MFU: the model's FLOPs over those that a large matrix product
-does in the same time in the same precision.
+Tokens are random, so no data set is needed. ms: the median call, and the range of all.
 """
 import copy
-import ctypes
-import gc
 import os
+import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -24,8 +20,8 @@ import train
 from configurator import UserError, configure
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
-from diffusion import reverse_step, soft_tokens, stratified_times, transform
-from model import DiT, DiTConfig, update_ema
+from diffusion import stratified_times
+from model import DiT, update_ema
 
 plan = False                 # what the whole run would take, instead of the formulas' costs
 gpus = 1                     # devices like this one that the run would have
@@ -43,54 +39,31 @@ VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, finew
 # --------------------------------------------------------------------------------------------------
 # measuring
 
-def memory(device, reset=False):
-    """Peak bytes since the last reset, or with reset those of now, as CUDA or, for the process,
-    Linux counts them; elsewhere 0."""
+def peak_memory(device):
+    """Bytes so far, as CUDA counts them, or of the process."""
     if device.startswith('cuda'):
-        if not reset:
-            return torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not os.path.exists('/proc/self/clear_refs'):
-        return 0
-    if reset:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)     # give back the pages that the allocator has kept
-        Path('/proc/self/clear_refs').write_text('5')
-    status = Path('/proc/self/status').read_text()
-    key = 'VmRSS:' if reset else 'VmHWM:'
-    return int(status.split(key)[1].split()[0]) * 1024
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == 'darwin' else 1024       # a Mac counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def synchronize(device):
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-
-
-def measure(name, fn, device, tokens=0):
-    """Call fn repeatedly; print and return the median ms, the extra MB and the peak in bytes."""
+def measure(name, fn, device, tokens):
+    """Call fn repeatedly; print and return the median ms."""
+    wait = torch.cuda.synchronize if device.startswith('cuda') else int
+    times = []
     try:
-        fn()
-        synchronize(device)
-        base = memory(device, reset=True)
-        times = []
-        for _ in range(repeats):
+        for _ in range(1 + repeats):
             began = time.perf_counter()
             fn()
-            synchronize(device)
+            wait()
             times.append(1e3 * (time.perf_counter() - began))
     except torch.OutOfMemoryError:
         raise UserError(f'{name}: out of memory. Lower --batch_size, and raise '
                         '--gradient_accumulation_steps instead')
-    ms = statistics.median(times)
-    peak = memory(device)
-    line = f'{name:<28} {ms:9.2f} ms ({min(times):.2f} .. {max(times):.2f})'
-    if peak:
-        line += f' {(peak - base) / 1e6:8.0f} MB'
-    if tokens:
-        line += f' {1e3 * tokens / ms:10,.0f} tokens/s'
-    print(line, flush=True)
-    return dict(ms=ms, mb=(peak - base) / 1e6, peak=peak)
+    ms = statistics.median(times[1:])
+    print(f'{name:<24} {ms:9.2f} ms ({min(times[1:]):.2f} .. {max(times[1:]):.2f}), '
+          f'{1e3 * tokens / ms:,.0f} tokens/s', flush=True)
+    return ms
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,32 +83,6 @@ def find_vocabulary():
     return VOCAB_SIZES[train.dataset], f'that of {train.dataset}, which is not here', 0
 
 
-def make_model(K, device):
-    config = DiTConfig(
-        vocab_size=K + 1 if train.objective == 'mdlm' else K,
-        block_size=train.block_size,
-        n_layer=train.n_layer,
-        n_head=train.n_head,
-        n_embd=train.n_embd,
-        cond_dim=train.cond_dim,
-        dropout=train.dropout,
-        causal=train.objective == 'ar',
-    )
-    return DiT(config).to(device)
-
-
-def flops_per_token(c):
-    """Of forward and backward: 6 for each weight of the blocks and the head, and attention's."""
-    weights = 12 * c.n_layer * c.n_embd ** 2 + c.n_embd * c.vocab_size
-    return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-def flops_per_ms(device, dtype_name):
-    n = 1024 if device == 'cpu' else 8192
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype_name))
-    return 2 * n ** 3 / measure(f'matrix product, {n}^3', lambda: a @ a, device)['ms']
-
-
 def random_batch(K, device):
     """A micro-batch: x0 (B,T), and u (B,1)."""
     B = train.batch_size
@@ -152,98 +99,44 @@ def plan_run(device, dtype_name, autocast):
                         'gradient_accumulation_steps')
     K, source, epoch = find_vocabulary()
     x0, u = random_batch(K, device)
-    model = make_model(K, device)
+    model = DiT(train.model_config(K)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     teacher = copy.deepcopy(ema) if train.objective == 'dcd' else None
     optimizers = train.build_optimizer(model)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype_name == 'float16')
     scale = scaler.scale(torch.ones((), device=device))
     loss_fn = train.loss_of(train.objective, K)
-    params, tokens = model.num_params(), x0.numel() * train.gradient_accumulation_steps
-    print(f'{params / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} {dtype_name}')
+    tokens = x0.numel() * train.gradient_accumulation_steps
+    print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} '
+          f'{dtype_name}')
     print(f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
-          f'{micro_batches:.0f} micro-batches a step on each; not counted: validation, checkpoints '
-          f'and, between GPUs, the exchange of gradients and its {4 * params / 1e9:.2f} GB')
+          f'{micro_batches:.0f} micro-batches a step on each, each as long as a whole step of one; '
+          'not counted: validation, checkpoints, the exchange of gradients between GPUs')
     if train.compile:
         loss_fn = torch.compile(loss_fn)
         for m in filter(None, (model, teacher)):
             m.hidden = torch.compile(m.hidden)
 
-    def backward(step):
+    def micro_batch(step):
         with autocast:
             loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher, grad_scale=scale)
         scaler.scale(loss).backward()
-
-    def whole_step(step):
-        backward(step)
         train.clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, 0.999)
 
     share = train.curriculum_frac if train.objective == 'duo' else 0
-    ms = peak = 0
-    phases = [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]
-    for name, part, step in phases:
+    ms = 0
+    for name, part, step in [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]:
         if part:
-            one = measure(f'{name}, micro-batch', lambda: backward(step), device, x0.numel())
-            last = measure(f'{name}, with update', lambda: whole_step(step), device, x0.numel())
-            ms += part * (one['ms'] * (micro_batches - 1) + last['ms'])
-            peak = max(peak, last['peak'])
-    flops = flops_per_token(model.config) * tokens / gpus
+            ms += part * micro_batches * measure(name, lambda: micro_batch(step), device, x0.numel())
     hours = ms * train.max_iters / 3.6e6
     tokens *= train.max_iters
-    print(f'peak memory {f"{peak / 1e9:.2f} GB" if peak else "unknown here"}, {ms:.0f} ms a step, '
-          f'MFU {flops / ms / flops_per_ms(device, dtype_name):.0%}. {train.max_iters:,} of them: '
-          f'about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
+    print(f'peak memory {peak_memory(device) / 1e9:.2f} GB, {ms:.0f} ms a step. {train.max_iters:,} of '
+          f'them: about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
     if epoch:
         print(f'{tokens / epoch:.3g} epochs of {train.dataset}')
     if price_per_hour:
         print(f'a price of about {hours * price_per_hour:,.2f}')
-
-
-def compare(device, autocast):
-    """Measure the paper's formulas as they read (literal) and what replaces them (ours), without
-    torch.compile."""
-    sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
-    from literal import literal_distillation, literal_loss, literal_reverse
-    K = find_vocabulary()[0]
-    x0, u = random_batch(K, device)
-    train.objective, train.curriculum_frac = 'duo', 0.5
-    model = make_model(K, device)
-    teacher = copy.deepcopy(model).eval()
-
-    def ours(objective, step):
-        train.objective = objective
-        return train.training_loss(model, x0, u, step, K, train.loss_of(objective, K), teacher)
-
-    def training(loss):
-        def call():
-            model.zero_grad()
-            with autocast:
-                value = loss()
-            value.backward()
-        return call
-
-    logits = torch.randn(*x0.shape, K, device=device)
-    pairs = {
-        'discrete': (
-            training(lambda: literal_loss(model, x0, u, K)),
-            training(lambda: ours('duo', train.max_iters - 1))),
-        'curriculum': (
-            training(lambda: literal_loss(model, x0, u, K, (train.gamma_min, train.gamma_max))),
-            training(lambda: ours('duo', 0))),
-        'distillation': (
-            training(lambda: literal_distillation(model, teacher, x0, u, K)),
-            training(lambda: ours('dcd', 0))),
-        'sampling': (
-            lambda: literal_reverse(logits, x0, 0.6, 0.5),
-            lambda: reverse_step(logits, x0, 0.6, 0.5))
-    }
-    table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
-    for name, calls in pairs.items():
-        a = measure(f'{name}, literal', calls[0], device, x0.numel())
-        b = measure(f'{name}, ours', calls[1], device, x0.numel())
-        table.append(f'| {name} | {a["ms"] / b["ms"]:.1f} | {a["mb"] / max(b["mb"], 1):.1f} |')
-    print('\n'.join(table))
 
 
 def main():
@@ -257,11 +150,13 @@ def main():
     if plan:
         plan_run(here, dtype_name, autocast)
     else:
-        compare(here, autocast)
+        sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
+        from literal import compare
+        compare(sys.modules[__name__], here, autocast)
 
 
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

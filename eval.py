@@ -9,9 +9,8 @@ Evaluate a model: the negative log-likelihood of held-out text, or a judge's vie
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
-and the prior term KL(q(x1|x0) || uniform) is reported beside them. Samples take sample.py's
-options. The last line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which
-plot.py --gen draws.
+and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options. The last
+line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot.py --gen draws.
 """
 import json
 import math
@@ -28,12 +27,13 @@ from checkpoint import load_model
 from configurator import UserError, configure
 from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
-from diffusion import cross_entropy, evaluate, noise_schedule, token_nll
+from diffusion import cross_entropy, evaluate, token_nll
 from sample import CHECKS as SAMPLE_CHECKS
-from sample import SAMPLER_OPTIONS, denoise, describe_sampler, load, sample_prior
+from sample import (SAMPLER_OPTIONS, check_options, denoise, describe_sampler, load,
+                    sample_prior)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
-init_from = ''               # instead of out_dir: another folder, or hf:ORG/NAME
+init_from = ''               # instead of out_dir: another folder, or hf:org/name
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
@@ -68,14 +68,6 @@ def numbers(name, number):
         raise UserError(f'--{name}={globals()[name]}: give numbers with commas between, like 8,32')
 
 
-def prior_term(vocab_size):
-    """KL(q(x1|x0) || uniform), nats per token: what the process has not forgotten at t = 1."""
-    alpha = noise_schedule(torch.ones(1).double())[0].item()
-    q = np.full(vocab_size, (1 - alpha) / vocab_size)
-    q[0] += alpha                                        # token 0 stands for any x0
-    return (q * np.log(q * vocab_size)).sum()
-
-
 def likelihood(model, info, device, rank, world):
     """The figures of the metric on the chosen split, a dict."""
     objective = info['objective']
@@ -105,21 +97,17 @@ def likelihood(model, info, device, rank, world):
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
         print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
-    result = dict(
+    return dict(
         out_dir=out_dir,
         objective=objective,
         dataset=name,
         split=split,
         rows=len(rows),
         draws=n_draws,
-        nll=figures.pop('loss'),
-        bits_per_byte=figures.pop('bpb'),
+        nll=figures['loss'],
         ppl_error=figures['ppl'] * figures['error'],
         **figures,
     )
-    if objective == 'duo':
-        result['prior_term'] = prior_term(vocab_size)
-    return result
 
 
 def diversity(rows):
@@ -187,30 +175,30 @@ def judge_samples(loaded, autocast):
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     trials = [options | dict(steps=n, temperature=t)
               for n in all_steps for t in numbers('temperature', float)]
-    names = [describe_sampler(info, **trial) for trial in trials]      # refuses wrong options
+    for trial in trials:
+        check_options(info, trial)
     if os.path.exists(os.path.join(gen_ppl, 'log.jsonl')):
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
     results = []
-    for trial, name in zip(trials, names):
+    for trial in trials:
         torch.manual_seed(seed)
         began = time.time()
         rows = []
         for first in range(0, num_samples, batch_size):
             count = min(batch_size, num_samples - first)
             xt = sample_prior(info, (count, T), device)
-            calls = 0
             with autocast:
                 for xt in denoise(loaded, xt, **trial):
-                    calls += 1
+                    pass
             rows += xt.tolist()
         seconds = time.time() - began
+        name = describe_sampler(trial | dict(temperature=1.0))
         r = trial | diversity(rows) | dict(
             out_dir=out_dir,
             judge=gen_ppl,
             sampler=name,
-            calls=calls,
             gen_ppl=math.exp(judge(rows)),
             samples_per_s=num_samples / seconds,
         )
@@ -245,5 +233,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from checkpoint import (append_log, check_resume, has_state, load_model, load_state, open_log,
                         save, set_aside_older_run, write_card)
@@ -33,9 +32,9 @@ from configurator import UserError, configure
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
 from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
-from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, float32_on,
-                       head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
-                       teacher_kl, transform)
+from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, head_loss,
+                       mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times, teacher_kl,
+                       transform)
 from model import DiT, DiTConfig, update_ema
 
 # --- files and intervals, in steps
@@ -91,7 +90,7 @@ max_bad_steps = 20           # steps without finite gradients are skipped; more 
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
-device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
+device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits the device
 compile = False              # torch.compile: pays from a few minutes of GPU time on
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
@@ -154,7 +153,7 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     distillation compares with the teacher instead (Algorithm 1).
     """
     # 1. NOISE: how much, and which tokens
-    sigma, weights = None, None
+    sigma = weights = None
     if objective == 'ar':
         x, args = x0[:, :-1], [x0[:, 1:]]
         mask = mask if mask is None else mask[:, 1:]
@@ -168,12 +167,12 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     elif in_curriculum(step):
         gamma = gamma_min + u * (gamma_max - gamma_min)
         alpha, dalpha = transform(gamma, vocab_size)
-        dalpha = dalpha * (gamma_max - gamma_min)                             # d alpha / d u
-        alpha, dalpha = float32_on(x0.device, alpha, dalpha)                  # (B,1), (B,1)
+        dalpha = (dalpha * (gamma_max - gamma_min)).float()                   # d alpha / d u, (B,1)
+        alpha = alpha.float()
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)  # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
     else:
-        alpha, dalpha = float32_on(x0.device, *noise_schedule(T_MIN + (1 - T_MIN) * u))
+        alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u, torch.float32)
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
@@ -210,15 +209,20 @@ def accumulate_gradients(model, teacher, loss_fn, step, data, meta, n_train, sca
 
 
 # --------------------------------------------------------------------------------------------------
-# the optimisers
+# the model and its optimisers
+
+def model_config(vocab_size):
+    if objective == 'mdlm':
+        vocab_size += 1                                  # the mask is the last id
+    return DiTConfig(vocab_size, block_size, n_layer, n_head, n_embd, cond_dim, dropout,
+                     causal=objective == 'ar')
+
 
 def build_optimizer(model):
     """A list of optimisers, each with its own rates: warm-up, clipping, skipped steps, checkpoints
     and resuming treat all of them alike."""
-    fused = next(model.parameters()).device.type != 'mps'
-    adamw = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
-                              weight_decay=weight_decay, fused=fused)
-    return [adamw]
+    return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
+                              weight_decay=weight_decay, fused=True)]
 
 
 def set_lr(optimizers, share):
@@ -335,10 +339,8 @@ def main():
 
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
-    kind = 'duo' if objective == 'dcd' else objective                 # a distilled Duo is a Duo
-    n_tokens = vocab_size + 1 if objective == 'mdlm' else vocab_size  # the mask is the last id
-    config = DiTConfig(n_tokens, block_size, n_layer, n_head, n_embd, cond_dim, dropout,
-                       causal=objective == 'ar')
+    kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
+    config = model_config(vocab_size)
     model = DiT(config).to(here)
     if start not in ('scratch', 'resume'):
         load_weights(start, model, meta)
@@ -354,7 +356,7 @@ def main():
 
     # ---- resume
     if start == 'resume':
-        state = load_state(out_dir, here)
+        state = load_state(out_dir)
         changed = check_resume(out_dir, state, settings, config, token_files)
         if master and changed:
             print(f'resuming with changed settings: {changed}')
@@ -380,7 +382,7 @@ def main():
 
     # ---- logs
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-    log_file, wandb_run = None, None
+    log_file = wandb_run = None
     if master:
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, '
               f'{here} {dtype_name}, {n_train:,} rows of {block_size} ({meta["tokenizer"]}, '
@@ -390,17 +392,13 @@ def main():
                 set_aside_older_run(out_dir)
             log_file = open_log(out_dir, step)
             wandb_run = start_wandb(settings) if wandb_log else None
-    progress = tqdm(total=max_iters, initial=step, file=sys.stdout,
-                    disable=not (master and sys.stdout.isatty()))
 
     def log(line, **record):
         if log_file:
             append_log(log_file, record)
         if wandb_run:
             wandb_run.log(record, step=record['step'])
-        if not progress.disable:
-            progress.write(line)
-        elif master:
+        if master:
             print(line, flush=True)
 
     def validate():
@@ -464,7 +462,6 @@ def main():
         skipped += ~finite
         in_a_row = (in_a_row + 1) * ~finite
         step += 1
-        progress.update()
 
         # 4. LOG; nowhere else does the CPU wait for the device
         if step % log_interval == 0 or step == max_iters:
@@ -489,7 +486,6 @@ def main():
             good.zero_()
 
     # ---- the picture, the card, some texts
-    progress.close()
     if master and stopped:
         print(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
               f'--init_from=resume continues from {out_dir}')
@@ -509,5 +505,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

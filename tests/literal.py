@@ -1,9 +1,16 @@
 """The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with
 them, and bench.py measures what they cost."""
+import copy
+import ctypes
+import gc
+import os
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
-from diffusion import gaussian_scales, noise_schedule, q_sample, transform
+import train
+from diffusion import gaussian_scales, noise_schedule, q_sample, reverse_step, transform
 
 
 def literal_nelbo(logits, xt, x0, alpha, dalpha):
@@ -22,7 +29,7 @@ def literal_nelbo(logits, xt, x0, alpha, dalpha):
 
 def gaussian_latent(x0, gamma, noise):
     """w (B,T,K) = a onehot(x0) + s noise, at a log noise-to-signal ratio gamma (B,1)."""
-    a, s = (scale.float().unsqueeze(-1) for scale in gaussian_scales(gamma, x0.device))
+    a, s = (scale.float().unsqueeze(-1) for scale in gaussian_scales(gamma))
     return a * F.one_hot(x0, noise.size(-1)) + s * noise
 
 
@@ -63,3 +70,70 @@ def literal_reverse(logits, xt, alpha_s, alpha_t):
     q = here * (K * alpha_t * p + a_ts - alpha_t) + (alpha_s - alpha_t) * p
     q = q + (1 - a_ts) * (1 - alpha_s) / K
     return (q.log() - torch.empty_like(q).exponential_().log()).argmax(-1)
+
+
+def memory(device, reset=False):
+    """Peak bytes since the last reset, or with reset those of now, as CUDA or, for the process,
+    Linux counts them; elsewhere 0."""
+    if device.startswith('cuda'):
+        if not reset:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not os.path.exists('/proc/self/clear_refs'):
+        return 0
+    if reset:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)     # give back the pages that the allocator has kept
+        Path('/proc/self/clear_refs').write_text('5')
+    status = Path('/proc/self/status').read_text()
+    key = 'VmRSS:' if reset else 'VmHWM:'
+    return int(status.split(key)[1].split()[0]) * 1024
+
+
+def compare(bench, device, autocast):
+    """python bench.py: measure the paper's formulas as they read (literal) and what replaces them
+    (ours), without torch.compile. bench: that module, as it runs."""
+    K = bench.find_vocabulary()[0]
+    x0, u = bench.random_batch(K, device)
+    train.objective, train.curriculum_frac = 'duo', 0.5
+    model = bench.DiT(train.model_config(K)).to(device)
+    teacher = copy.deepcopy(model).eval()
+
+    def ours(objective, step):
+        train.objective = objective
+        return train.training_loss(model, x0, u, step, K, train.loss_of(objective, K), teacher)
+
+    def training(loss):
+        def call():
+            model.zero_grad()
+            with autocast:
+                value = loss()
+            value.backward()
+        return call
+
+    logits = torch.randn(*x0.shape, K, device=device)
+    pairs = {
+        'discrete': (
+            training(lambda: literal_loss(model, x0, u, K)),
+            training(lambda: ours('duo', train.max_iters - 1))),
+        'curriculum': (
+            training(lambda: literal_loss(model, x0, u, K, (train.gamma_min, train.gamma_max))),
+            training(lambda: ours('duo', 0))),
+        'distillation': (
+            training(lambda: literal_distillation(model, teacher, x0, u, K)),
+            training(lambda: ours('dcd', 0))),
+        'sampling': (
+            lambda: literal_reverse(logits, x0, 0.6, 0.5),
+            lambda: reverse_step(logits, x0, 0.6, 0.5))
+    }
+    table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
+    for name, calls in pairs.items():
+        ms, mb = [], []
+        for kind, call in zip(('literal', 'ours'), calls):
+            call()
+            base = memory(device, reset=True)
+            ms.append(bench.measure(f'{name}, {kind}', call, device, x0.numel()))
+            mb.append(max(memory(device) - base, 1e6) / 1e6)
+        table.append(f'| {name} | {ms[0] / ms[1]:.1f} | {mb[0]:.0f} MB / {mb[1]:.0f} MB |')
+    print('\n'.join(table))
