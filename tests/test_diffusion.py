@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from diffusion import (categorical, consistency_pair, coupled_pair, cross_entropy, evaluate,
                        gaussian_scales, head_loss, head_losses, largest_normals,
-                       masked_reverse_step, mdlm_nelbo, mean_and_error, nelbo, nelbo_and_grad,
-                       noise_schedule, other_tokens, posterior, q_sample, reverse_step,
+                       masked_reverse_step, mdlm_nelbo, nelbo, nelbo_and_grad, noise_schedule,
+                       other_tokens, posterior, q_sample, reverse_step,
                        soft_tokens, stratified_times, teacher_kl, time_of_alpha, token_nll,
                        top_p_filter, transform)
 from helpers import reference
@@ -66,7 +66,7 @@ def test_transform_against_scipy_and_the_published_table():
 
 def test_transform_by_drawing_gaussians():
     gamma, K, n = torch.tensor([[-1.5]]), 50, 200_000
-    a, s = gaussian_scales(gamma, 'cpu')
+    a, s = gaussian_scales(gamma)
     w = s * torch.randn(n, K, dtype=torch.float64)
     w[:, 7] += a.item()
     alpha = transform(gamma, K)[0].item()
@@ -87,7 +87,6 @@ def test_stratified_times_cover_the_range_whoever_draws_them():
     assert sorted((t * 8).long().flatten().tolist()) == list(range(8))   # one in each eighth
     halves = torch.cat([stratified_times(0.7, 0, 4, 8), stratified_times(0.7, 4, 4, 8)])
     assert torch.equal(t, halves)
-    assert stratified_times(0.0, 0, 8, 8, low=0.25).min() == 0.25
 
 
 def test_noise_schedule_its_derivative_and_its_inverse():
@@ -132,7 +131,7 @@ def test_other_tokens_are_every_ordered_choice_equally_often():
 
 def dense_softmax(x0, gamma, tau, K):
     """The curriculum as the paper writes it: K Gaussians a position."""
-    a, s = gaussian_scales(gamma, 'cpu')
+    a, s = gaussian_scales(gamma)
     w = s.unsqueeze(-1) * torch.randn(*x0.shape, K, dtype=torch.float64)
     w.scatter_add_(-1, x0.unsqueeze(-1), a.expand(x0.shape).unsqueeze(-1).contiguous())
     return (w / tau).softmax(-1), w.argmax(-1)
@@ -183,7 +182,7 @@ def test_coupled_pair_against_shared_gaussians(K):
     noise = torch.randn(n, K, dtype=torch.float64)
     dense = []
     for gamma in gammas:
-        a, s = gaussian_scales(gamma, 'cpu')
+        a, s = gaussian_scales(gamma)
         w = (s * noise).scatter_add(-1, x0, a.expand(n, 1))
         dense.append(w.argmax(-1, keepdim=True))
 
@@ -242,8 +241,9 @@ def test_nelbo_is_the_limit_of_the_posteriors_divergence(K):
     t, dt = torch.rand(6, 1, dtype=torch.float64) * 0.9 + 0.05, 1e-7
     alpha_t, dalpha = noise_schedule(t)
     alpha_s, _ = noise_schedule(t - dt)
-    true = posterior(F.one_hot(x0, K).double(), xt, alpha_s, alpha_t)
-    model = posterior(logits.softmax(-1), xt, alpha_s, alpha_t)
+    alphas = alpha_s.unsqueeze(-1), alpha_t.unsqueeze(-1)
+    true = posterior(F.one_hot(x0, K).double(), xt, *alphas)
+    model = posterior(logits.softmax(-1), xt, *alphas)
     kl = (true * (true / model).log()).sum(-1) / dt
     assert (nelbo(logits, xt, x0, alpha_t, dalpha) - kl).abs().max() < 1e-4 * kl.max()
 
@@ -439,7 +439,7 @@ def test_fp16_gradients_are_made_at_the_scalers_scale():
 @pytest.mark.parametrize('K', [5, 257])
 def test_posterior_against_the_published_code(K):
     r, alphas = reference(f'posterior{K}_'), reference('posterior_alpha_')
-    alphas = alphas['s'], alphas['t']
+    alphas = alphas['s'].unsqueeze(-1), alphas['t'].unsqueeze(-1)
     assert relative(posterior(r['logits'].softmax(-1), r['xt'], *alphas), r['q_model']) < 1e-10
     x0 = F.one_hot(r['x0'], K).double()
     assert (posterior(x0, r['xt'], *alphas) - r['q_true']).abs().max() < 1e-12
@@ -589,8 +589,8 @@ def test_evaluate_is_within_its_error_of_the_exact_bound(objective):
     def get_rows(numbers):
         return x0.expand(len(numbers), 2)
     nats = evaluate(model, objective, K, get_rows, 40_000, 8000)
-    mean, error = mean_and_error(nats)
-    assert abs(mean - exact) < 4 * error and error < 0.05 * exact
+    error = nats.std().item() / 200
+    assert abs(nats.mean().item() - exact) < 4 * error and error < 0.05 * exact
 
 
 def test_evaluate_repeats_itself():
@@ -602,9 +602,6 @@ def test_evaluate_repeats_itself():
     nats = evaluate(model, 'duo', 11, get_rows, 10, 4)
     torch.manual_seed(99)
     assert torch.equal(nats, evaluate(model, 'duo', 11, get_rows, 10, 4))
-    mean, error = mean_and_error(nats)
-    assert mean == pytest.approx(nats.numpy().mean())
-    assert error == pytest.approx(stats.sem(nats.numpy()))
 
 
 def test_evaluate_scores_no_pads():

@@ -203,7 +203,7 @@ def test_data_that_changed_is_noticed(work, tmp_path):
     one_line(resumed, 'token files', 'tiny')
     tokens[5] = 300
     tokens.tofile(path)
-    one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'token 300 of 256')
+    one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'token 300', '256')
     tokens[:-10].tofile(path)
     one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'train.bin holds')
 
