@@ -138,3 +138,8 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def mean_and_error(values):
+    """The mean of independent numbers (a tensor), and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
