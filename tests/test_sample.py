@@ -320,6 +320,7 @@ def test_sample(work):
     (['--device=tpu'], ['tpu']),
     (['--prompt', 'x' * 40], ['--length']),
     (['--prompts=nowhere.txt'], ['nowhere.txt']),
+    (['--prompts=/dev/null'], ['/dev/null', 'no lines']),
     (['--out=no/such/file'], ['no/such/file']),
     (['--html=no/such/file'], ['no/such/file']),
     (['--sampler=commit'], ['--sampler', 'ancestral or psi']),
