@@ -545,7 +545,7 @@ def test_mdlm_nelbo_is_the_mean_over_all_orders_of_writing(K, T):
             nats -= model[tuple(xt)][i, :K].log_softmax(-1)[x0[i]].item()
             xt[i] = x0[i].item()
     nats /= math.factorial(T)
-    nodes, weights = np.polynomial.legendre.leggauss(16)                 # exact: these are polynomials
+    nodes, weights = np.polynomial.legendre.leggauss(16)                 # exact for polynomials
     bound = 0
     for node, weight in zip(nodes, weights):
         alpha = torch.tensor((node + 1) / 2)
