@@ -343,14 +343,15 @@ def head_losses(h, weight, bias, loss_fn, args):
 def token_nll(model, x0, t, vocab_size, objective='duo'):
     """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), whatever
     the training loss; for an autoregressive model the exact (B,T-1), and t is not used."""
+    linear = model.output_layer.linear
     if objective == 'ar':
-        head = partial(head_losses, loss_fn=cross_entropy, args=[x0[:, 1:]])
-        return model(x0[:, :-1], head=head)
+        h = model.hidden(x0[:, :-1])
+        return head_losses(h, linear.weight, linear.bias, cross_entropy, [x0[:, 1:]])
     alpha, dalpha = noise_schedule(t, torch.float32)
     xt, sigma = corrupt(x0, alpha, vocab_size, objective)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
     args = [xt, x0, alpha, dalpha]
-    return model(xt, sigma, head=partial(head_losses, loss_fn=loss_fn, args=args))
+    return head_losses(model.hidden(xt, sigma), linear.weight, linear.bias, loss_fn, args)
 
 
 @torch.no_grad()

@@ -296,8 +296,8 @@ def main():
     lines = [prompt]
     if prompts:
         lines = Path(prompts).read_text('utf-8', 'replace').splitlines()
-    if not lines:
-        raise UserError(f'--prompts={prompts} has no lines')
+        if prompt or not lines:
+            raise UserError(f'--prompts={prompts}: give a file with lines, and no --prompt')
     lines = [line for line in lines for _ in range(num_samples)]
 
     torch.manual_seed(seed)
