@@ -320,9 +320,10 @@ def test_sample(work):
     (['--device=tpu'], ['tpu']),
     (['--prompt', 'x' * 40], ['--length']),
     (['--prompts=nowhere.txt'], ['nowhere.txt']),
+    (['--prompts=/dev/null'], ['--prompts=/dev/null', 'lines']),
     (['--prompts=tiny.txt', '--prompt=x'], ['--prompts', '--prompt']),
-    (['--out=no/such/folder'], ['no/such/folder']),
-    (['--html=no/such/folder'], ['no/such/folder']),
+    (['--out=no/such/file'], ['no/such/file']),
+    (['--html=no/such/file'], ['no/such/file']),
     (['--sampler=commit'], ['--sampler', 'ancestral or psi']),
     (['--stpes=3'], ['did you mean steps'])])
 def test_sample_refuses_in_one_line(work, args, parts):

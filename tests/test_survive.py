@@ -32,8 +32,8 @@ def wait_for_a_step(process):
 def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
     """SIGTERM, SIGINT, SIGUSR1, one after the other: each leaves a checkpoint, and the run is bit
     for bit the run."""
-    args = [*QUICK, '--max_iters=400', '--eval_interval=150', '--log_interval=5', '--n_embd=64',
-            '--batch_size=16', '--init_from=auto']
+    args = [*QUICK, '--max_iters=600', '--eval_interval=250', '--log_interval=5',
+            '--init_from=auto']
     good(run_here(work, 'train.py', *args, '--out_dir=calm'))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         train = subprocess.Popen(
@@ -44,11 +44,11 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
         said = train.stdout.read()
         assert train.wait() == 128 + number, said
         assert f'{number.name}: stopped after step' in said
-        assert checkpoint(work / 'stormy')['step'] < 400
+        assert checkpoint(work / 'stormy')['step'] < 600
     good(run_here(work, 'train.py', *args, '--out_dir=stormy'))
     assert same_run(work / 'calm', work / 'stormy')
     steps = [json.loads(line)['step'] for line in open(work / 'stormy' / 'log.jsonl')]
-    assert steps == sorted([*range(5, 401, 5), 150, 300, 400])           # none twice, none lost
+    assert steps == sorted([*range(5, 601, 5), 250, 500, 600])           # none twice, none lost
     assert log(work / 'calm', 'val_loss') == log(work / 'stormy', 'val_loss')
 
 
@@ -203,7 +203,7 @@ def test_data_that_changed_is_noticed(work, tmp_path):
     one_line(resumed, 'token files', 'tiny')
     tokens[5] = 300
     tokens.tofile(path)
-    one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'token 300')
+    one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'token 300', '256')
     tokens[:-10].tofile(path)
     one_line(run_here(tmp_path, 'train.py', *QUICK, '--out_dir=new'), 'train.bin holds')
 

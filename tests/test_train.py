@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+import diffusion
+import sample
 import train
 from checkpoint import load_model
 from data import epoch_rows, get_rows, load_data, num_rows
-from diffusion import (consistency_pair, nelbo, noise_schedule, q_sample,
-                       soft_tokens, stratified_times, transform)
-from helpers import (TINY, checkpoint, equal, good, log, mean_and_error, one_line, project_with, rewind, run,
-                     run_here, wrapped_loss)
+from diffusion import (consistency_pair, nelbo, noise_schedule, q_sample, soft_tokens,
+                       stratified_times, transform)
+from helpers import (TINY, checkpoint, equal, good, log, mean_and_error, one_line, project_with,
+                     rewind, run, run_here, wrapped_loss)
 from literal import literal_nelbo
 from model import DiT, DiTConfig, update_ema
 from sample import Loaded, denoise
@@ -65,9 +67,9 @@ def test_a_run_leaves_what_it_should(work):
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run(work):
-    """Stopped inside the curriculum, with dropout, two micro-batches a step, in new processes."""
+    """Stopped inside the curriculum, with dropout, two micro-batches a step; in a new process."""
     args = [*QUICK, '--gradient_accumulation_steps=2']
-    good(run(work, 'train.py', *args, '--out_dir=whole', '--keep_last=99'))
+    good(run_here(work, 'train.py', *args, '--out_dir=whole', '--keep_last=99'))
     rewind(work / 'whole', work / 'parts', 4)
     resume = [*args, '--out_dir=parts', '--init_from=resume']
     said = good(run(work, 'train.py', *resume, '--keep_last=98'))
@@ -179,7 +181,7 @@ def test_the_metric_is_untouchable(work, tmp_path):
     """A foreign loss trains differently, and changes nothing that is validated or reported."""
     script = project_with(tmp_path, FOREIGN_LOSS)
     args = [*QUICK, '--eval_interval=12', '--out_dir=foreign']
-    good(run(work, script, *args))
+    good(run_here(work, script, *args))
     losses = log(work / 'foreign')
     assert all(abs(a - b) > 0.1 for a, b in zip(losses, log(work / 'out')))
     assert min(losses) > 3
@@ -188,8 +190,9 @@ def test_the_metric_is_untouchable(work, tmp_path):
     validated = log(work / 'foreign', 'val_loss')[-1]
     for folder in ('out', 'foreign'):
         args = [*QUICK, '--eval_only', f'--init_from={folder}']
-        assert run(work, script, *args).stdout == run_here(work, 'train.py', *args).stdout
-    assert f'val loss {validated:.4f}' in run_here(work, 'train.py', *args).stdout
+        foreign, ours = (good(run_here(work, path, *args)) for path in (script, 'train.py'))
+        assert foreign == ours
+    assert f'val loss {validated:.4f}' in ours
 
     # it is the NELBO as the paper writes it
     model, info = load_model(work / 'foreign')
@@ -200,7 +203,8 @@ def test_the_metric_is_untouchable(work, tmp_path):
     nats = []
     for first in (0, 4):
         torch.manual_seed(first)
-        alpha, dalpha = (v.float() for v in noise_schedule(stratified_times(0.5, first, 4, 8)))
+        t = stratified_times(0.5, first, 4, 8)
+        alpha, dalpha = noise_schedule(t, torch.float32)
         clean = x0[first:first + 4]
         xt = q_sample(clean, alpha, 256)
         logits = model(xt, -alpha.log()).double()
@@ -211,8 +215,6 @@ def test_the_metric_is_untouchable(work, tmp_path):
     # and what eval.py reports
     figures = last_json(good(run_here(work, 'eval.py', '--out_dir=foreign', '--draws=4')))
     assert abs(figures['nll'] - mean) < 4 * (figures['error'] + error)
-    assert figures == last_json(good(run(work, tmp_path / 'eval.py', '--out_dir=foreign',
-                                         '--draws=4')))
 
 
 MUON = '''
@@ -231,7 +233,7 @@ def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
     bad_loss = wrapped_loss("loss * (float('nan') if step == 6 else 1)")
     script = project_with(tmp_path, MUON + bad_loss)
     args = [*QUICK, '--cooldown_frac=0.5', *EVERY_STEP]
-    said = good(run(work, script, *args, '--out_dir=muon'))
+    said = good(run_here(work, script, *args, '--out_dir=muon'))
     assert '1 steps skipped' in said
     muon, adamw = checkpoint(work / 'muon')['optimizers']
     assert [set(s) for s in muon['state'].values()] == [{'momentum_buffer'}] * 4
@@ -279,6 +281,34 @@ def test_a_cosine_schedule_trains_validates_and_samples(work, tmp_path):
     said = good(run(work, tmp_path / 'sample.py', '--out_dir=cosine', '--sampler=psi',
                     '--psi=loop', '--steps=9'))
     assert '10 network calls' in said
+
+
+def test_the_schedule_reaches_the_loss_and_the_samplers(monkeypatch):
+    cosine = dict(vars(diffusion))
+    exec(COSINE, cosine)
+    for module in (train, sample):
+        monkeypatch.setattr(module, 'noise_schedule', cosine['noise_schedule'])
+    monkeypatch.setattr(sample, 'time_of_alpha', cosine['time_of_alpha'])
+    change(monkeypatch, objective='duo', curriculum_frac=0.0)
+    torch.manual_seed(0)
+    (model,) = random_model(50)
+    x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
+    torch.manual_seed(5)
+    loss = train.training_loss(model, x0, u, 0, 50, nelbo)
+    alpha, dalpha = cosine['noise_schedule'](1e-3 + (1 - 1e-3) * u, torch.float32)
+    torch.manual_seed(5)
+    xt = q_sample(x0, alpha, 50)
+    exact = nelbo(model(xt, -alpha.log()), xt, x0, alpha, dalpha).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+    times = torch.linspace(1, 1e-5, 21, dtype=torch.float64)
+    alphas = cosine['noise_schedule'](times)[0].tolist()
+    assert sample.psi_alphas_kappas(20, 'cap', 0.1)[0].tolist() == pytest.approx(alphas)
+    told = []
+    list(sample.ancestral(lambda xt, alpha, draw: told.append(alpha), None, 20, False))
+    assert told == pytest.approx(alphas)
+    held = sample.psi_alphas_kappas(20, 'loop', 0.1)[0]
+    assert ((held - 0.9).abs() < 1e-6).sum() >= 10
 
 
 # --------------------------------------------------------------------------------------------------
