@@ -5,18 +5,14 @@ Speed and memory on this machine, and the plan of a whole run. Takes train.py's 
     python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas as they read, and ours
     python bench.py --n_layer=4 --n_embd=256 --vocab_size=50257            # the same on a laptop
 
-Tokens are random, so no data set is needed. ms: the median call, and the range of all. MB: the
-peak above what is held between calls. MFU: the model's FLOPs over those that a large matrix product
-does in the same time in the same precision.
+Tokens are random, so no data set is needed. ms: the median call, and the range of all.
 """
 import copy
-import ctypes
-import gc
 import os
+import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -43,54 +39,31 @@ VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, finew
 # --------------------------------------------------------------------------------------------------
 # measuring
 
-def memory(device, reset=False):
-    """Peak bytes since the last reset, or with reset those of now, as CUDA or, for the process,
-    Linux counts them; elsewhere 0."""
+def peak_memory(device):
+    """Bytes so far, as CUDA counts them, or of the process."""
     if device.startswith('cuda'):
-        if not reset:
-            return torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not os.path.exists('/proc/self/clear_refs'):
-        return 0
-    if reset:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)     # give back the pages that the allocator has kept
-        Path('/proc/self/clear_refs').write_text('5')
-    status = Path('/proc/self/status').read_text()
-    key = 'VmRSS:' if reset else 'VmHWM:'
-    return int(status.split(key)[1].split()[0]) * 1024
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == 'darwin' else 1024       # a Mac counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def synchronize(device):
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-
-
-def measure(name, fn, device, tokens=0):
-    """Call fn repeatedly; print and return the median ms, the extra MB and the peak in bytes."""
+def measure(name, fn, device, tokens):
+    """Call fn repeatedly; print and return the median ms."""
+    wait = torch.cuda.synchronize if device.startswith('cuda') else int
+    times = []
     try:
-        fn()
-        synchronize(device)
-        base = memory(device, reset=True)
-        times = []
-        for _ in range(repeats):
+        for _ in range(1 + repeats):
             began = time.perf_counter()
             fn()
-            synchronize(device)
+            wait()
             times.append(1e3 * (time.perf_counter() - began))
     except torch.OutOfMemoryError:
         raise UserError(f'{name}: out of memory. Lower --batch_size, and raise '
                         '--gradient_accumulation_steps instead')
-    ms = statistics.median(times)
-    peak = memory(device)
-    line = f'{name:<28} {ms:9.2f} ms ({min(times):.2f} .. {max(times):.2f})'
-    if peak:
-        line += f' {(peak - base) / 1e6:8.0f} MB'
-    if tokens:
-        line += f' {1e3 * tokens / ms:10,.0f} tokens/s'
-    print(line, flush=True)
-    return dict(ms=ms, mb=(peak - base) / 1e6, peak=peak)
+    ms = statistics.median(times[1:])
+    print(f'{name:<24} {ms:9.2f} ms ({min(times[1:]):.2f} .. {max(times[1:]):.2f}), '
+          f'{1e3 * tokens / ms:,.0f} tokens/s', flush=True)
+    return ms
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,18 +81,6 @@ def find_vocabulary():
     if train.dataset not in VOCAB_SIZES:
         raise UserError(f'no data set in {folder}: say its vocabulary with --vocab_size=...')
     return VOCAB_SIZES[train.dataset], f'that of {train.dataset}, which is not here', 0
-
-
-def flops_per_token(c):
-    """Of forward and backward: 6 for each weight of the blocks and the head, and attention's."""
-    weights = 12 * c.n_layer * c.n_embd ** 2 + c.n_embd * c.vocab_size
-    return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-def flops_per_ms(device, dtype_name):
-    n = 1024 if device == 'cpu' else 8192
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype_name))
-    return 2 * n ** 3 / measure(f'matrix product, {n}^3', lambda: a @ a, device)['ms']
 
 
 def random_batch(K, device):
@@ -145,41 +106,33 @@ def plan_run(device, dtype_name, autocast):
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype_name == 'float16')
     scale = scaler.scale(torch.ones((), device=device))
     loss_fn = train.loss_of(train.objective, K)
-    params, tokens = model.num_params(), x0.numel() * train.gradient_accumulation_steps
-    print(f'{params / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} {dtype_name}')
+    tokens = x0.numel() * train.gradient_accumulation_steps
+    print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} '
+          f'{dtype_name}')
     print(f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
-          f'{micro_batches:.0f} micro-batches a step on each; not counted: validation, checkpoints '
-          f'and, between GPUs, the exchange of gradients and its {4 * params / 1e9:.2f} GB')
+          f'{micro_batches:.0f} micro-batches a step on each, each as long as a whole step of one; '
+          'not counted: validation, checkpoints, the exchange of gradients between GPUs')
     if train.compile:
         loss_fn = torch.compile(loss_fn)
         for m in filter(None, (model, teacher)):
             m.hidden = torch.compile(m.hidden)
 
-    def backward(step):
+    def micro_batch(step):
         with autocast:
             loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher, grad_scale=scale)
         scaler.scale(loss).backward()
-
-    def whole_step(step):
-        backward(step)
         train.clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, 0.999)
 
     share = train.curriculum_frac if train.objective == 'duo' else 0
-    ms = peak = 0
-    phases = [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]
-    for name, part, step in phases:
+    ms = 0
+    for name, part, step in [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]:
         if part:
-            one = measure(f'{name}, micro-batch', lambda: backward(step), device, x0.numel())
-            last = measure(f'{name}, with update', lambda: whole_step(step), device, x0.numel())
-            ms += part * (one['ms'] * (micro_batches - 1) + last['ms'])
-            peak = max(peak, last['peak'])
-    flops = flops_per_token(model.config) * tokens / gpus
+            ms += part * micro_batches * measure(name, lambda: micro_batch(step), device, x0.numel())
     hours = ms * train.max_iters / 3.6e6
     tokens *= train.max_iters
-    print(f'peak memory {f"{peak / 1e9:.2f} GB" if peak else "unknown here"}, {ms:.0f} ms a step, '
-          f'MFU {flops / ms / flops_per_ms(device, dtype_name):.0%}. {train.max_iters:,} of them: '
-          f'about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
+    print(f'peak memory {peak_memory(device) / 1e9:.2f} GB, {ms:.0f} ms a step. {train.max_iters:,} of '
+          f'them: about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
     if epoch:
         print(f'{tokens / epoch:.3g} epochs of {train.dataset}')
     if price_per_hour:
@@ -205,5 +158,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

@@ -22,7 +22,6 @@ import struct
 import time
 import zipfile
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,9 +32,8 @@ from configurator import UserError
 from data import check_meta
 from model import DiT, DiTConfig
 
-# What a resume takes from last.pt, and what config.json holds.
-STATE = dict(weights=dict, ema=dict, optimizers=list, scaler=dict, step=int, model=dict,
-             settings=dict, seconds=float, skipped=int, fingerprint=str)
+# Entries, and their types, that tell the state of a run, and a config.json, from other files.
+STATE = dict(weights=dict, step=int, model=dict, settings=dict)
 INFO = dict(objective=str, model=dict, data=dict, settings=dict)
 # What zipfile and torch.load were seen to raise on damaged and crafted files: torch's unpickler
 # runs nothing of them, but takes operands as they come. Caught around library calls only.
@@ -45,9 +43,9 @@ UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.Unpickli
 
 
 def has_entries(found, kinds):
-    """Is found a dict with such entries?"""
+    """Is found a dict with entries of these types?"""
     return isinstance(found, dict) and all(
-        isinstance(found.get(name, ...), kind) for name, kind in kinds.items())
+        isinstance(found.get(name), kind) for name, kind in kinds.items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,11 +61,22 @@ def flush(path):
 def write_whole(path, write):
     """write(temporary path), then flush and rename: a reader, or a restart after a power cut, finds
     the old file or the new one, never a part."""
-    temporary = f'{path}.tmp'
+    temporary = Path(path).with_name('unfinished.tmp')  # the next write overwrites what is left
     write(temporary)
     flush(temporary)
     os.replace(temporary, path)
-    flush(os.path.dirname(path) or '.')
+    flush(temporary.parent)
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: Path(temporary).write_text(text, 'utf-8'))
+
+
+def make_folder(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the folder {folder}: {error.strerror}')
 
 
 def step_files(out_dir):
@@ -77,7 +86,7 @@ def step_files(out_dir):
 
 def has_state(out_dir):
     """Is there anything to resume from?"""
-    return Path(out_dir, 'last.pt').exists() or bool(step_files(out_dir))
+    return any(Path(out_dir).glob('*.pt'))
 
 
 def link(source, path):
@@ -101,14 +110,14 @@ def checksum(weights):
 def write_model(folder, weights, info, tokenizer_from):
     """Write what load_model reads: model.safetensors, config.json and, where the folder
     tokenizer_from has one, tokenizer.json. weights: {name: tensor}; info: a JSON-able dict."""
-    folder, tokenizer = Path(folder), Path(tokenizer_from, 'tokenizer.json')
+    tokenizer = Path(f'{tokenizer_from}/tokenizer.json')
     if tokenizer.exists():
-        write_whole(folder / 'tokenizer.json', lambda path: shutil.copyfile(tokenizer, path))
+        write_whole(f'{folder}/tokenizer.json', lambda path: shutil.copyfile(tokenizer, path))
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}
     header = dict(format='pt', weights_sha256=checksum(weights))
-    write_whole(folder / 'model.safetensors',
+    write_whole(f'{folder}/model.safetensors',
                 lambda path: Path(path).write_bytes(tensor_bytes(weights, header)))
-    write_whole(folder / 'config.json', lambda path: Path(path).write_text(json.dumps(info)))
+    write_text(f'{folder}/config.json', json.dumps(info))
 
 
 def save(out_dir, state, ema, info, data_folder, keep_last=2):
@@ -117,15 +126,15 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
     if not all(w.isfinite().all() for w in ema.parameters()):
         raise UserError(f'the weights are not finite at step {state["step"]}: {out_dir} keeps the '
                         'last good checkpoint; a lower --learning_rate may help')
-    newest, last = Path(out_dir, f'step-{state["step"]:08}.pt'), Path(out_dir, 'last.pt')
+    newest = Path(f'{out_dir}/step-{state["step"]:08}.pt')
     try:
         write_whole(newest, lambda path: torch.save(state, path))
-        write_whole(last, lambda path: link(newest, path))
+        write_whole(f'{out_dir}/last.pt', lambda path: link(newest, path))
         # A run that went back to an older step file leaves newer ones, no longer part of it.
         kept = [path for path in step_files(out_dir) if path <= newest][:keep_last]
-        unfinished = Path(out_dir).glob('step-*.pt.tmp')
-        for path in {*step_files(out_dir), *unfinished}.difference(kept):
-            path.unlink()
+        for path in step_files(out_dir):
+            if path not in kept:
+                path.unlink()
         # The state comes first: a scheduler may leave no time for more.
         write_model(out_dir, ema.state_dict(), info, data_folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -136,36 +145,35 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
 # --------------------------------------------------------------------------------------------------
 # reading
 
-def read_torch(path, device='cpu', mmap=False):
-    """torch.load of tensors and plain values, from a file that is whole."""
+def read_torch(path, kinds):
+    """torch.load of a dict with entries of these kinds, from a file that is whole."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch writes checksums, but does not read them
         if damaged:
             raise zipfile.BadZipFile(f'{damaged} is damaged')
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        found = torch.load(path, map_location='cpu', weights_only=True)
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be used: {error!r:.200}')
+    if not has_entries(found, kinds):
+        raise UserError(f'{path} cannot be used: no dict with {", ".join(kinds)}')
+    return found
 
 
-def load_state(out_dir, device='cpu'):
+def load_state(out_dir):
     """The dict that save() was given last, from the newest file that is whole. Prints why if that
     is not last.pt."""
-    if not has_state(out_dir):
-        raise UserError(f'no checkpoint in {out_dir}: train first, or name another --out_dir')
-    reasons = []
-    for path in [Path(out_dir, 'last.pt'), *step_files(out_dir)]:
+    for path in [Path(f'{out_dir}/last.pt'), *step_files(out_dir)]:
         try:
-            state = read_torch(path, device)
-            if not has_entries(state, STATE):
-                raise UserError(f'{path} is not the state of a run')
+            state = read_torch(path, STATE)
         except UserError as error:
-            reasons.append(str(error))
+            print(error)
             continue
-        if reasons:
-            print('; '.join(reasons) + f': going on from {path}')
+        if path.name != 'last.pt':
+            print(f'going on from {path}')
         return state
-    raise UserError('; '.join(reasons))
+    raise UserError(f'no checkpoint in {out_dir} (last.pt, step-*.pt) that can be used: train '
+                    'first, or name another --out_dir')
 
 
 def read_weights(path):
@@ -173,80 +181,53 @@ def read_weights(path):
     try:
         with safe_open(path, 'pt') as file:  # mapped: nothing is allocated yet
             state = {name: file.get_tensor(name) for name in file.keys()}
-            header = file.metadata() or {}
+            written = (file.metadata() or {}).get('weights_sha256')
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path} cannot be read: {error!s:.200}')
-    if 'weights_sha256' in header and header['weights_sha256'] != checksum(state):
+    if written and written != checksum(state):
         raise UserError(f'{path} is damaged: the weights are not those that were written')
     return state
 
 
-def fetch(where, *patterns):
-    """The folder `where`; or of hf:ORG/NAME the folder with its files that match, from the Hugging
-    Face hub or its cache."""
+def fetch(where):
+    """The folder `where`; of hf:ORG/NAME the one that the Hugging Face hub, or its cache, has."""
     if not str(where).startswith('hf:'):
         return Path(where)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(where[3:], allow_patterns=patterns))
-    except (OSError, HTTPError, HFValidationError) as error:
+        return Path(snapshot_download(
+            where[3:], allow_patterns=['*.json', 'model.safetensors']))
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise UserError(f'cannot fetch {where}, nor is it in the cache: {error!s:.200}')
 
 
 def read_config(folder):
     """What config.json holds; {} where there is none."""
-    path = Path(folder, 'config.json')
+    path = Path(f'{folder}/config.json')
     try:
-        return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        return json.loads(path.read_text('utf-8')) if path.is_file() else {}
     except (OSError, ValueError) as error:  # not readable, not UTF-8, not JSON
         raise UserError(f'{path} cannot be read: {error!r:.200}')
 
 
-def not_ours(where):
-    """The UserError for a place without a model, or with one in the authors' format."""
-    return UserError(f"no model of nanoDuo in {where}: run train.py first, or name another folder; "
-                     f"one in the authors' format is converted first: python convert.py {where} "
-                     f'out-{Path(where).stem.removeprefix("hf:")}')
-
-
-def fits(value, default):
-    """May a field of DiTConfig with this default hold this value? None always may."""
-    if type(value) is int and type(default) is float:
-        return True
-    return value is None or default is None or type(value) is type(default)
-
-
-def model_config(info, n_tensors, where):
-    """The DiTConfig of info (config.json) for n_tensors weights, checked. A plain field that is
-    added to DiTConfig needs no line here."""
-    defaults = asdict(DiTConfig())
-    for name, value in info['model'].items():
-        if name not in defaults or not fits(value, defaults[name]):
-            raise UserError(f'{where}: no DiTConfig has {name} = {value!r:.40}, as its config.json')
-    c = DiTConfig(**info['model'])
-    mask = 1 if info['objective'] == 'mdlm' else 0       # a token that the tokenizer does not have
-    sizes = [c.block_size, c.n_head, c.n_embd, c.cond_dim]
+def build_model(info, weights, where):
+    """The DiT of info (config.json) with these weights, checked, in eval mode. A plain field that
+    is added to DiTConfig needs no line here."""
     try:
         check_meta(info['data'])
-        fine = all(size in range(1, 2 ** 20) for size in sizes)
-        if not fine or c.n_layer not in range(n_tensors):
-            raise ValueError(f'no network has the sizes {info["model"]}')
-        if c.vocab_size != info['data']['vocab_size'] + mask:
-            raise ValueError(f'vocab_size {c.vocab_size} is not that of its tokenizer')
-    except (KeyError, ValueError) as error:
-        raise UserError(f'{where} has a wrong config.json: {error}')
-    return c
-
-
-def build_model(info, weights, where):
-    """The DiT of info (config.json) with these weights, in eval mode."""
+        c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
+        sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, c.cond_dim]
+        fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
+        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
+            raise ValueError('no network has such sizes')
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where} has a wrong config.json: {error!s:.200}: {info["model"]}')
     with torch.device('meta'):  # no memory and no random numbers before the shapes are right
-        model = DiT(model_config(info, len(weights), where))
+        model = DiT(c)
     try:  # torch names every tensor that is missing, unknown or of another shape
         model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
     except RuntimeError as error:
-        raise UserError(f'{where}: the weights do not fit its config.json: {error}')
+        raise UserError(f'{where}: the weights do not fit config.json, {info["model"]}: {error}')
     return model.eval().requires_grad_(False)
 
 
@@ -255,18 +236,19 @@ def load_model(where, weights='ema', device='cpu'):
 
     where: the folder of a run, or hf:ORG/NAME, such a folder on the Hugging Face hub.
     weights: 'ema', or 'raw' for those of the run's last.pt."""
-    if weights not in ('ema', 'raw'):
-        raise UserError(f"--weights={weights}: must be 'ema' or 'raw'")
-    folder = fetch(where, '*.json', 'model.safetensors')
+    folder = fetch(where)
     info = read_config(folder)
     if not has_entries(info, INFO):
-        raise not_ours(where)
-    if weights == 'raw':
+        raise UserError(
+            f'no model of nanoDuo in {where}: run train.py first, or name another folder; one in '
+            f"the authors' format is converted first: python convert.py {where} "
+            f'out-{Path(where).stem.removeprefix("hf:")}')
+    if weights == 'ema':
+        tensors = read_weights(folder / 'model.safetensors')
+    elif weights == 'raw':
         tensors = load_state(folder)['weights']
     else:
-        tensors = read_weights(folder / 'model.safetensors')
-    if 'backbone.vocab_embed.embedding' in tensors:
-        raise not_ours(where)
+        raise UserError(f"--weights={weights}: must be 'ema' or 'raw'")
     return build_model(info, tensors, where).to(device), info | {'folder': str(folder)}
 
 
@@ -275,7 +257,7 @@ def load_model(where, weights='ema', device='cpu'):
 
 def set_aside_older_run(out_dir):
     """A run that stands in out_dir is moved, not overwritten."""
-    if has_state(out_dir) or Path(out_dir, 'model.safetensors').exists():
+    if has_state(out_dir) or Path(f'{out_dir}/model.safetensors').exists():
         aside = out_dir.rstrip('/') + time.strftime('-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
         print(f'{out_dir} held another run: it is in {aside} now')
@@ -283,22 +265,19 @@ def set_aside_older_run(out_dir):
 
 def open_log(out_dir, step):
     """log.jsonl, to append to, without the lines of steps that will be repeated."""
-    path = Path(out_dir, 'log.jsonl')
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make --out_dir={out_dir}: {error.strerror}')
+    path = Path(f'{out_dir}/log.jsonl')
+    make_folder(out_dir)
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [s for s in lines if step and s.endswith('}\n') and json.loads(s)['step'] <= step]
-        write_whole(path, lambda temporary: Path(temporary).write_text(''.join(kept)))
+        # The last line may be cut off, by a power cut.
+        kept = [s for s in open(path) if s.endswith('}\n') and json.loads(s)['step'] <= step]
+        write_text(path, ''.join(kept))
     return open(path, 'a', buffering=1)
 
 
 def append_log(file, record):
     """One JSON line: seven digits of each number, null where it is not finite."""
     for name, value in record.items():
-        if isinstance(value, float):
+        if type(value) is float:
             record[name] = float(f'{value:.7g}') if math.isfinite(value) else None
     file.write(json.dumps(record) + '\n')
 
@@ -309,10 +288,9 @@ def check_resume(out_dir, state, settings, config, token_files):
     old = state['settings']
     changed = ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in settings.items()
                         if value != old.get(name) and name != 'init_from')
-    if asdict(DiTConfig()) | state['model'] != asdict(config):
-        raise UserError(f'{out_dir} holds another model ({changed}): resume with its own command')
-    if any(old[name] != settings[name] for name in ('objective', 'dataset')):
-        raise UserError(f'{out_dir} holds another kind of run ({changed}): start a new one from it')
+    if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:
+        raise UserError(f'{out_dir} holds another model or another kind of run ({changed}): resume '
+                        'it with its own command, or start a new run from it')
     if state['fingerprint'] != token_files:
         raise UserError(f'the token files of {settings["dataset"]} are not those that the run in '
                         f'{out_dir} began with: put them back, or start a new run')
@@ -328,35 +306,36 @@ MEASURED = '<!-- train.py writes what stands below this line, anew with every ru
 def write_card(out_dir, arguments, world):
     """Write out_dir/README.md. What its owner put above the line MEASURED stays, and so does a file
     without that line. arguments: train.py's command line; world: the number of processes."""
-    folder, card = Path(out_dir), Path(out_dir, 'README.md')
+    card = Path(f'{out_dir}/README.md')
     head = f'''---
 # license: mit    (to be chosen)
 library_name: nanoduo
 pipeline_tag: text-generation
 ---
-# {folder.resolve().name}
+# {Path(out_dir).resolve().name}
 
 '''
     if card.exists():
         head, line, _ = card.read_text('utf-8').partition(MEASURED)
         if not line:
             return
-    info = json.loads((folder / 'config.json').read_text())
-    log = (folder / 'log.jsonl').read_text().splitlines()
-    row = [json.loads(line) for line in log if '"val_loss"' in line][-1]
+    info = read_config(out_dir)
+    last = {}  # the newest value of each number in the log
+    for line in open(f'{out_dir}/log.jsonl'):
+        last |= json.loads(line)
     launch = f'torchrun --nproc_per_node={world}' if world > 1 else 'python'
-    data, c = info['data'], info['model']
+    c = info['model']
     text = f'''{head}{MEASURED}
 
 | | |
 | --- | --- |
 | objective | {info['objective']} |
 | network | {c['n_layer']} layers of {c['n_embd']}, {c['n_head']} heads, {c['block_size']} tokens |
-| vocabulary | {data['vocab_size']:,} ({data['tokenizer']}) |
-| trained on | {data['train_tokens']:,} tokens, {row['step']:,} steps |
-| validation loss | {row['val_loss']:.4f} +- {row['val_error']:.4f} nats per token |
-| perplexity | {row['val_ppl']:.2f} |
-| bits per byte | {row['val_bpb']:.4f} |
+| vocabulary | {info['data']['vocab_size']:,} ({info['data']['tokenizer']}) |
+| trained on | {info['data']['train_tokens']:,} tokens, {last['step']:,} steps |
+| validation loss | {last['val_loss']:.4f} +- {last['val_error']:.4f} nats per token |
+| perplexity | {last['val_ppl']:.2f} |
+| bits per byte | {last['val_bpb']:.4f} |
 
 ![The losses](curve.png)
 
@@ -368,5 +347,4 @@ All settings are in config.json. To sample from it:
 
     python sample.py --init_from=hf:ORG/NAME
 '''
-    write_whole(card, lambda path: Path(path).write_text(text, 'utf-8'))
-    print(f'wrote {card}', flush=True)
+    write_text(card, text)

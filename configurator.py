@@ -17,6 +17,17 @@ class UserError(Exception):
         super().__init__(' '.join(message.split()))  # a value in it may hold a line break
 
 
+def run(main):
+    """Call a script's main(). A UserError, or a file that cannot be read or written, becomes one
+    line and exit status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def configure(g, checks=(), argv=None):
     """Return {name: value} of a script's settings, as `argv` (default: sys.argv[1:]) changes them.
 

@@ -2,38 +2,33 @@
 The authors' checkpoints into our format, and ours into theirs:
 
     python convert.py hf:s-sahoo/duo out-duo           # then: python sample.py --init_from=out-duo
-    python convert.py duo.ckpt out-duo --objective=duo # the EMA weights; --weights=raw: the others
+    python convert.py duo.ckpt out-duo --objective=duo # the moving average of a Lightning .ckpt
     python convert.py --export out theirs              # for their DUO.from_pretrained
 
 Theirs is a folder or hub repository with config.json and model.safetensors, or a Lightning .ckpt,
-of a Duo, UDLM, MDLM or AR model. What its config does not say is read off the tensors' shapes, or
-assumed and printed; a .ckpt has no config.json, so --objective must say what it is. A .ckpt is a
+of a Duo, UDLM, MDLM or AR model. What config.json does not say is read off the tensors' shapes, or
+assumed and printed; --objective says what a .ckpt is, which has no config.json. A .ckpt is a
 pickle: nothing in it is executed, and one that asks for more than settings and tokenizers is
 refused.
 """
 import argparse
-import os
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model, read_config,
-                        read_torch, read_weights, write_model)
+from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model, make_folder,
+                        read_config, read_torch, read_weights, write_model)
 from configurator import UserError
 from model import DiTConfig
 
-# What their config.json calls the fields of DiTConfig, and our objectives for their models.
+# What their config.json calls the fields of DiTConfig.
 AUTHORS = dict(vocab_size='vocab_size', model_length='block_size', n_blocks='n_layer',
                n_heads='n_head', hidden_dim='n_embd', cond_dim='cond_dim', causal='causal')
-OBJECTIVES = dict(duo='duo', duo_base='duo', distillation='duo', udlm='duo', mdlm='mdlm', ar='ar')
 # Their two vocabularies: name, bos, eos and pad of the tokenizer, and the length trained on. Their
 # networks may have one token more, [PAD] in Duo, a mask in AR: no text has it, so it is left out.
 TOKENIZERS = {50257: ('gpt2', 50256, 50256, None, 1024), 30522: ('bert', 101, 102, 0, 128)}
-PER_TOKEN = ('vocab_embed.embedding', 'output_layer.linear.weight', 'output_layer.linear.bias')
-WRAPPERS = re.compile(r'\b(backbone|module|_orig_mod|model)\.')  # in front of parameters' names
 # The modules of the settings and tokenizers that a .ckpt of theirs holds beside tensors.
 HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing)\.'
                       r'|collections\.defaultdict$'
@@ -41,22 +36,24 @@ HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lig
 
 
 class Inert(dict):
-    """Stands for any object of a pickle: takes its state, runs nothing of its class."""
+    """Stands for any object of a pickle, and runs nothing of its class."""
 
     def __init__(self, *args):
         pass
 
     def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
+        pass
 
 
-def without_buffers(state):
-    """state less RoPE's frequencies, which are no weights."""
-    return {name: w for name, w in state.items() if not name.endswith('inv_freq')}
+def our_names(state):
+    """state without the wrappers in its names, nor RoPE's frequencies, which are no weights."""
+    return {name.replace('backbone.', '').replace('_orig_mod.', ''): w
+            for name, w in state.items() if not name.endswith('inv_freq')}
 
 
-def read_lightning(path, weights):
-    """{name: tensor} of a Lightning .ckpt. Its settings are not read: the shapes tell most."""
+def read_lightning(path):
+    """{name: tensor} of a Lightning .ckpt: the moving average, where it has one. Its settings are
+    not read: the shapes tell most."""
     try:
         strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except UNREADABLE as error:
@@ -66,18 +63,17 @@ def read_lightning(path, weights):
         raise UserError(f'{path} is a pickle that wants to run {", ".join(payload)}: not opened. '
                         'Ask for safetensors')
     with torch.serialization.safe_globals([(Inert, name) for name in strange]):
-        ckpt = read_torch(path, mmap=True)
-    if not has_entries(ckpt, dict(state_dict=dict)):
-        raise UserError(f'{path} is no Lightning checkpoint: it has no state_dict')
-
-    state = without_buffers(ckpt['state_dict'])
-    if weights == 'ema':  # a list in the order of the parameters, which is that of the state dict
-        shadow = (ckpt.get('ema') or {}).get('shadow_params') or []
-        if [w.shape for w in shadow] != [w.shape for w in state.values()]:
-            raise UserError(f'{path}: its moving average ({len(shadow)} tensors) is none of its '
-                            f'{len(state)} weights: --weights=raw takes those')
-        state = dict(zip(state, shadow))
-    return state
+        ckpt = read_torch(path, dict(state_dict=dict))
+    state = our_names(ckpt['state_dict'])
+    if not has_entries(ckpt, dict(ema=dict)):
+        print(f'{path} has no moving average: its weights are taken as they are')
+        return state
+    # A list in the order of the parameters, which is that of the state dict.
+    shadow = ckpt['ema'].get('shadow_params') or []
+    if [w.shape for w in shadow] != [w.shape for w in state.values()]:
+        raise UserError(f'{path}: its moving average ({len(shadow)} tensors) is none of its '
+                        f'{len(state)} weights')
+    return dict(zip(state, shadow))
 
 
 def infer_info(config, state, where):
@@ -86,40 +82,38 @@ def infer_info(config, state, where):
     if 'vocab_embed.embedding' not in state:
         raise UserError(f'{where} holds no DiT: vocab_embed.embedding is missing')
     K, C = state['vocab_embed.embedding'].shape
-    if config.get('vocab_size', K) != K:
-        raise UserError(f"{where}: its config says vocab_size {config['vocab_size']}, "
-                        f"its tensors {K}")
     cond_dims = [w.size(1) for name, w in state.items() if name.endswith('adaLN_modulation.weight')]
-    causal = not cond_dims                                # only an autoregressive one has no adaLN
-    theirs = 'ar' if causal else str(config.get('model_type')).lower()
-    objective = OBJECTIVES.get(theirs)
+    causal = not cond_dims                               # only an autoregressive one has no adaLN
+    n_blocks = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
+    found = dict(vocab_size=K, n_blocks=n_blocks, hidden_dim=C, causal=causal)
+    for name, value in found.items():
+        if config.get(name, value) != value:
+            raise UserError(f'{where}: its config.json says {name} {config[name]}, its tensors '
+                            f'{value}')
+    objective = 'ar' if causal else str(config.get('model_type')).lower()
     has_time = objective == 'duo'
-    if objective is None or K == 30522 and not has_time:  # BERT's own mask is not the last token
-        raise UserError(f'{where} is a {theirs} model of {K} tokens: only Duo, and MDLM and AR '
-                        "with GPT-2's vocabulary, can be converted; --objective tells of a .ckpt")
-    if config.get('time_conditioning', has_time) != has_time:
-        raise UserError(f'{where} is {objective} with time_conditioning {not has_time}: no such '
-                        'model can be converted')
+    known = has_time or objective in ('mdlm', 'ar') and K != 30522  # BERT's mask is not the last
+    if not known or config.get('time_conditioning', has_time) != has_time:
+        raise UserError(
+            f'{where} is a {objective} model of {K} tokens: only Duo (and UDLM, by --objective=duo)'
+            " with time_conditioning, MDLM and AR without it and with GPT-2's tokens can be "
+            'converted; --objective says what a .ckpt is')
 
     mask = 1 if objective == 'mdlm' else 0
     n_tokens = K - mask
-    notes = []
-    if n_tokens - 1 in TOKENIZERS:
+    if n_tokens - 1 in TOKENIZERS:                       # one token more than the tokenizer has
         n_tokens -= 1
-        notes.append('the last token is in no text, left out')
-        for name in PER_TOKEN:
-            if name in state:
-                state[name] = state[name][:n_tokens + mask]
+        for name, w in state.items():
+            if w.shape[:1] == (K,):                      # the embedding and the head
+                state[name] = w[:n_tokens + mask]
     tokenizer, bos, eos, pad, length = TOKENIZERS.get(
         n_tokens, (f'of {n_tokens} tokens', 0, 0, None, 1024))
     assumed = dict(n_heads=max(1, C // 64), model_length=length)
-    notes += [f'{key} {value}' for key, value in assumed.items() if key not in config]
-    n_blocks = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
-    print(f'{where}: {objective}, {n_blocks} layers of {C}, tokenizer {tokenizer}; assumed: '
-          f'{", ".join(notes) or "nothing"}')
-    assumed |= dict(n_blocks=n_blocks, hidden_dim=C, causal=causal,
-                    cond_dim=max(cond_dims, default=DiTConfig.cond_dim))
-    config = assumed | config | dict(vocab_size=n_tokens + mask)
+    shown = [f'{name} {value}' for name, value in assumed.items() if name not in config]
+    print(f'{where}: {objective}, {n_blocks} layers of {C}, tokenizer {tokenizer} ({n_tokens} of '
+          f'the {K} tokens); assumed: {", ".join(shown) or "nothing"}')
+    assumed['cond_dim'] = max(cond_dims, default=DiTConfig.cond_dim)
+    config = assumed | config | found | dict(vocab_size=n_tokens + mask)
     return dict(
         objective=objective,
         model={ours: config[theirs] for theirs, ours in AUTHORS.items()},
@@ -129,58 +123,46 @@ def infer_info(config, state, where):
     )
 
 
-def find_file(where):
-    """The Path of the model's file: `where` itself, or one in that folder or repository."""
-    for pattern in ('model.safetensors', '*.ckpt'):  # gigabytes: the second only without the first
-        path = fetch(where, '*.json', pattern)
-        found = [path] if path.is_file() else list(path.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-    raise UserError(f'no model in {where}, or several: name a folder, hf:ORG/NAME or a .ckpt')
-
-
 def write_new(folder, weights, info, tokenizer_from):
     """write_model into a folder that holds none."""
     if Path(folder, 'model.safetensors').exists():
         raise UserError(f'{folder} holds a model already: name another folder')
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot write into {folder}: {error.strerror}')
+    make_folder(folder)
     write_model(folder, weights, info, tokenizer_from)
     print(f'wrote {folder}')
 
 
-def convert(where, folder, weights='ema', objective=None):
-    """Their model into one of our folders. objective: of a .ckpt, which does not say it."""
-    path = find_file(where)
-    config = read_config(path.parent)
+def convert(where, folder, objective=None):
+    """Their model into one of our folders. objective: what it is, where it has no config.json."""
+    path = Path(where)
     if path.suffix == '.ckpt':
-        state = read_lightning(path, weights)
+        source = path.parent
+        state = read_lightning(path)
+    else:
+        source = fetch(where)
+        state = our_names(read_weights(source / 'model.safetensors'))
+    config = read_config(source)
+    if objective:
         config['model_type'] = objective
-    elif weights == 'raw':
-        raise UserError(f'{path} holds one set of weights: --weights=raw is for a .ckpt')
-    else:
-        state = read_weights(path)
-    state = {WRAPPERS.sub('', name): w for name, w in without_buffers(state).items()}
-    if has_entries(config, INFO):  # written by export
-        info = {key: value for key, value in config.items() if key not in AUTHORS}
-    else:
+    info = config.get('nanoduo')
+    if not has_entries(info, INFO):                      # not written by export
         info = infer_info(config, state, where)
-    model = build_model(info, state, where)
-    write_new(folder, model.state_dict(), info | dict(model=asdict(model.config)), path.parent)
+    build_model(info, state, where)                      # nothing is written that does not load
+    write_new(folder, state, info, source)
 
 
-def export(where, folder, weights='ema'):
-    """Our model with the authors' names, layout and config.json, which has our entries as well."""
-    model, info = load_model(where, weights)
-    c, source = info['model'], info.pop('folder')
+def export(where, folder):
+    """Our model with the authors' names, layout and config.json, which has ours as an entry."""
+    model, info = load_model(where)
+    c = model.config
+    source = info.pop('folder')
     state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
-    head_dim = c['n_embd'] // c['n_head']
+    head_dim = c.n_embd // c.n_head
     inv_freq = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    config = info | {theirs: c[ours] for theirs, ours in AUTHORS.items()}
-    config.update(model_type=info['objective'], architectures=['DUO'])
-    write_new(folder, state | {'backbone.rotary_emb.inv_freq': inv_freq}, config, source)
+    state['backbone.rotary_emb.inv_freq'] = inv_freq
+    config = {theirs: getattr(c, ours) for theirs, ours in AUTHORS.items()}
+    config.update(model_type=info['objective'], architectures=['DUO'], nanoduo=info)
+    write_new(folder, state, config, source)
 
 
 def main():
@@ -188,18 +170,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source')
     parser.add_argument('folder')
-    parser.add_argument('--weights', choices=('ema', 'raw'), default='ema')
-    parser.add_argument('--objective', choices=('duo', 'mdlm', 'ar'))
+    parser.add_argument('--objective')
     parser.add_argument('--export', action='store_true')
     args = parser.parse_args()
     if args.export:
-        export(args.source, args.folder, args.weights)
+        export(args.source, args.folder)
     else:
-        convert(args.source, args.folder, args.weights, args.objective)
+        convert(args.source, args.folder, args.objective)
 
 
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

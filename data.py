@@ -230,6 +230,8 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     """The metric in words and as numbers: nats (n,) per token of each row -> text, dict. error is
     the standard error of the mean; bits per byte are of the text, not of bos and eos."""
     loss = nats.mean().item()
+    if not math.isfinite(loss):
+        raise UserError(f'the {split} loss is {loss}: no figures')
     error = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else math.nan
     tokens = tokens_per_row(stream, rows, block_size)
     scored = tokens + 1 if objective == 'ar' else tokens + 2  # AR is given the first of a row

@@ -12,15 +12,11 @@ control = None               # the group by which the processes agree on what to
 
 def pick_device(device):
     """'auto' -> the best there is; any other name is checked."""
-    if device == 'auto':
-        if torch.cuda.is_available():
-            return 'cuda'
-        return 'mps' if torch.backends.mps.is_available() else 'cpu'
     known = ['cpu']
-    if torch.backends.mps.is_available():
-        known += ['mps']
     if torch.cuda.is_available():
-        known += ['cuda', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        known = ['cuda', 'cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+    if device == 'auto':
+        return known[0]
     if device not in known:
         raise UserError(f"--device={device}: torch sees {', '.join(known)}; 'auto' takes the best")
     return device

@@ -21,34 +21,22 @@ from torch.special import log_ndtr, ndtri
 T_MIN = 1e-3                 # training times are drawn from [T_MIN, 1]
 
 
-def float64_device(device):
-    """Where small float64 work runs: Apple's MPS has no float64, so there it is the CPU."""
-    if torch.device(device).type == 'mps':
-        return torch.device('cpu')
-    return torch.device(device)
-
-
-def float32_on(device, *values):
-    return [v.float().to(device) for v in values]
-
-
 def float32_at_least(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 # --------------------------------------------------------------------------------------------------
 # schedules: how much of the clean text is left
 
-def stratified_times(u, first, count, total, low=0.0, device='cpu'):
-    """count (B,1) float64 times in [low, 1): numbers first .. first+count-1 of `total` times that
-    share one offset u and are spread evenly."""
-    i = torch.arange(first, first + count, dtype=torch.float64, device=float64_device(device))
-    t = (u + i.unsqueeze(-1)) / total % 1                            # (B,1)
-    return low + (1 - low) * t
+def stratified_times(u, first, count, total, device='cpu'):
+    """count (B,1) float64 times in [0, 1): numbers first .. first+count-1 of `total` times that share
+    one offset u and are spread evenly."""
+    i = torch.arange(first, first + count, dtype=torch.float64, device=device)
+    return (u + i.unsqueeze(-1)) / total % 1                         # (B,1)
 
 
-def noise_schedule(t, eps=1e-3):
+def noise_schedule(t, dtype=torch.float64, eps=1e-3):
     """alpha(t) and its time derivative: the log-linear schedule, alpha = 1 - (1 - eps) t."""
-    return 1 - (1 - eps) * t, torch.full_like(t, eps - 1)
+    return (1 - (1 - eps) * t).to(dtype), torch.full_like(t, eps - 1, dtype=dtype)
 
 
 def time_of_alpha(alpha, eps=1e-3):
@@ -66,7 +54,7 @@ def transform(gamma, vocab_size):
     plain sum is exact to ten digits or more, for any vocabulary and without a table.
     """
     K, h = vocab_size, 0.05
-    gamma = gamma.to(float64_device(gamma.device), torch.float64).unsqueeze(-1)
+    gamma = gamma.double().unsqueeze(-1)
     mu = torch.exp(-gamma / 2)
     y = torch.arange(-9, 9 + h, h, dtype=torch.float64, device=gamma.device)
     mass = h / sqrt(2 * pi) * torch.exp(-y * y / 2 + (K - 1) * log_ndtr(mu + y))  # (...,361)
@@ -75,10 +63,10 @@ def transform(gamma, vocab_size):
     return alpha, dalpha
 
 
-def gaussian_scales(gamma, device):
+def gaussian_scales(gamma):
     """The two scales of the latent w = a onehot(x0) + s eps: a^2 = sigmoid(-gamma),
     s^2 = sigmoid(gamma); float64."""
-    gamma = gamma.to(device, torch.float64)
+    gamma = gamma.double()
     return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
 
 # --------------------------------------------------------------------------------------------------
@@ -133,14 +121,13 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
     """
     n_others = vocab_size - 1
     n_drawn = k - 1
-    device = float64_device(x0.device)
-    a, s = gaussian_scales(gamma, device)                                     # (B,1)
-    noise = largest_normals(x0.shape, n_others, n_drawn, device)              # (B,T,k-1)
-    clean = a + s * torch.randn(x0.shape, dtype=torch.float64, device=device)
+    a, s = gaussian_scales(gamma)                                             # (B,1)
+    noise = largest_normals(x0.shape, n_others, n_drawn, x0.device)           # (B,T,k-1)
+    clean = a + s * torch.randn(x0.shape, dtype=torch.float64, device=x0.device)
     w = torch.cat([clean.unsqueeze(-1), s.unsqueeze(-1) * noise], dim=-1) / tau   # (B,T,k)
     w, order = w.sort(dim=-1, descending=True)
     ids = torch.cat([x0.unsqueeze(-1), other_tokens(x0, vocab_size, n_drawn)], dim=-1)
-    ids = ids.gather(-1, order.to(x0.device))
+    ids = ids.gather(-1, order)
 
     log_total = w.logsumexp(-1)                                               # (B,T)
     if n_others > n_drawn:
@@ -150,22 +137,20 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
         rest = log(n_others - n_drawn) + b * b / 2 + log_ndtr(cut - b) - log_ndtr(cut)
         log_total = torch.logaddexp(log_total, rest)
     weights = torch.exp(w - log_total.unsqueeze(-1)).float()
-    return ids, weights.to(x0.device), ids[..., 0]
+    return ids, weights, ids[..., 0]
 
 
 def coupled_pair(x0, gamma_t, gamma_s, vocab_size):
     """zt, zs (B,T): the argmaxes of one Gaussian path at two noise levels, sharing their noise
     (Algorithm 1). Of all other tokens only the one with the most noise can win, and it is the same
     at both levels."""
-    device = float64_device(x0.device)
-    most_noise = largest_normals(x0.shape, vocab_size - 1, 1, device).squeeze(-1)
-    own_noise = torch.randn(x0.shape, dtype=torch.float64, device=device)
+    most_noise = largest_normals(x0.shape, vocab_size - 1, 1, x0.device).squeeze(-1)
+    own_noise = torch.randn(x0.shape, dtype=torch.float64, device=x0.device)
     other = other_tokens(x0, vocab_size, 1).squeeze(-1)
 
     def argmax(gamma):
-        a, s = gaussian_scales(gamma, device)
-        stays = a + s * own_noise > s * most_noise
-        return torch.where(stays.to(x0.device), x0, other)
+        a, s = gaussian_scales(gamma)
+        return torch.where(a + s * own_noise > s * most_noise, x0, other)
     return argmax(gamma_t), argmax(gamma_s)
 
 
@@ -177,7 +162,7 @@ def consistency_pair(x0, u, delta, vocab_size):
     gamma_t, gamma_s = -4 + 3 * t, -4 + 3 * (t - delta)
     zt, zs = coupled_pair(x0, gamma_t, gamma_s, vocab_size)
     alpha_t, alpha_s = transform(gamma_t, vocab_size)[0], transform(gamma_s, vocab_size)[0]
-    return zt, zs, *float32_on(x0.device, -alpha_t.log(), -alpha_s.log())
+    return zt, zs, -alpha_t.log().float(), -alpha_s.log().float()
 
 # --------------------------------------------------------------------------------------------------
 # losses: (logits (...,K), ids and alphas (...)) -> nats (...)
@@ -249,15 +234,13 @@ def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
     return weights * cross_entropy(logits[..., :mask_id], x0)
 
 
-def teacher_kl(logits, h, weight, bias, forward=False):
-    """KL(student || teacher), nats per token (eq. 23; the direction of the published code), or with
-    forward KL(teacher || student). logits (...,K) are the student's; the teacher's are made here,
-    from its trunk's output h (...,C) and its head, so that they need not be kept."""
+def teacher_kl(logits, h, weight, bias):
+    """KL(student || teacher), nats per token (eq. 23; the direction of the published code). logits
+    (...,K) are the student's; the teacher's are made here, from its trunk's output h (...,C) and
+    its head, so that they need not be kept."""
     log_p = logits.log_softmax(-1, dtype=float32_at_least(logits.dtype))
     teacher = F.linear(h.to(logits.dtype), weight.to(logits.dtype), bias.to(logits.dtype))
     log_q = teacher.log_softmax(-1, dtype=log_p.dtype)
-    if forward:
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 # --------------------------------------------------------------------------------------------------
@@ -358,14 +341,15 @@ def head_losses(h, weight, bias, loss_fn, args):
 def token_nll(model, x0, t, vocab_size, objective='duo'):
     """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), whatever
     the training loss; for an autoregressive model the exact (B,T-1), and t is not used."""
+    linear = model.output_layer.linear
     if objective == 'ar':
-        head = partial(head_losses, loss_fn=cross_entropy, args=[x0[:, 1:]])
-        return model(x0[:, :-1], head=head)
-    alpha, dalpha = float32_on(x0.device, *noise_schedule(t))
+        h = model.hidden(x0[:, :-1])
+        return head_losses(h, linear.weight, linear.bias, cross_entropy, [x0[:, 1:]])
+    alpha, dalpha = noise_schedule(t, torch.float32)
     xt, sigma = corrupt(x0, alpha, vocab_size, objective)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
     args = [xt, x0, alpha, dalpha]
-    return model(xt, sigma, head=partial(head_losses, loss_fn=loss_fn, args=args))
+    return head_losses(model.hidden(xt, sigma), linear.weight, linear.bias, loss_fn, args)
 
 
 @torch.no_grad()
@@ -378,42 +362,29 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
     Tokens that are pad_id are not scored; rows with such are given linearised: the mean of what
     returns is all losses over all scored tokens, and its error is that of this ratio.
     """
-    result = torch.zeros(2, n, dtype=torch.float64, device=float64_device(device))
+    result = torch.zeros(2, n, dtype=torch.float64, device=device)
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         torch.manual_seed(first)
         t = stratified_times(0.5, first, count, n, device=device)
-        losses = token_nll(model, x0, t, vocab_size, objective)
-        scored = torch.ones_like(losses)
-        if pad_id is not None:
-            scored = (x0 != pad_id)[:, -losses.size(1):].to(losses)
-        mean = (losses * scored).sum(-1) / scored.sum(-1)
-        result[:, first:first + count] = torch.stack([mean, scored.sum(-1)]).to(result)
+        nats = token_nll(model, x0, t, vocab_size, objective)
+        scored = (x0 != (-1 if pad_id is None else pad_id))[:, -nats.size(1):]
+        sums = torch.stack([(nats * scored).sum(-1), scored.sum(-1)])
+        result[:, first:first + count] = sums.to(result)
     if world > 1:
         torch.distributed.all_reduce(result)
-    mean, scored = result.cpu()
-    share = scored / scored.mean()                       # 1 where nothing is padded
-    return share * mean + (1 - share) * (share * mean).mean()
-
-
-def mean_and_error(values):
-    """The mean of independent numbers, and its standard error. (Stratified times make the true
-    error a little less.)"""
-    if len(values) < 2:
-        return values.mean().item(), float('nan')
-    return values.mean().item(), (values.std() / sqrt(len(values))).item()
+    nats, scored = result.cpu()
+    mean = nats.sum() / scored.sum()
+    return mean + (nats - mean * scored) / scored.mean()
 
 # --------------------------------------------------------------------------------------------------
 # reverse steps: from a noise level to a lower one
 
 def posterior(probs, xt, alpha_s, alpha_t):
     """q(xs|xt, x0 ~ probs) (B,T,K), the whole reverse distribution (eq. 5); probs (B,T,K), alphas
-    (B,1) or numbers. reverse_step draws from it without making it."""
+    numbers or (B,1,1). reverse_step draws from it without making it."""
     K = probs.size(-1)
-    alpha_s, alpha_t = (
-        torch.as_tensor(a, dtype=probs.dtype, device=probs.device).unsqueeze(-1)
-        for a in (alpha_s, alpha_t))
     alpha_ts = alpha_t / alpha_s
     here = F.one_hot(xt, K).to(probs.dtype)
     q = (here * (K * alpha_t * probs + alpha_ts - alpha_t)
@@ -427,22 +398,16 @@ def categorical(p):
     row: the first picks a block of about sqrt(K) tokens, the second a token in it, both in float64.
     (The usual K float32 Gumbels cost more and cut the tail off: tokens below 1e-7 are never drawn.)
     """
-    K = p.size(-1)
-    size = int(sqrt(K))
-    full = K // size * size
-    sums = p[..., :full].unflatten(-1, (-1, size)).sum(-1, dtype=torch.float64)      # (...,blocks)
-    if full < K:
-        last = p[..., full:].sum(-1, keepdim=True, dtype=torch.float64)
-        sums = torch.cat([sums, last], dim=-1)
+    size = int(sqrt(p.size(-1)))
+    blocks = F.pad(p, (0, -p.size(-1) % size)).unflatten(-1, (-1, size))       # (...,blocks,size)
 
     def draw(weights):
         cdf = weights.double().cumsum(-1)
         u = torch.rand(cdf.shape[:-1], dtype=torch.float64, device=cdf.device)
-        return (cdf <= u.unsqueeze(-1) * cdf[..., -1:]).sum(-1, keepdim=True)        # (...,1)
-    block = draw(sums)
-    tokens = block * size + torch.arange(size, device=p.device)                      # (...,size)
-    inside = p.gather(-1, tokens.clamp(max=K - 1)) * (tokens < K)
-    return tokens.gather(-1, draw(inside)).squeeze(-1)
+        return (cdf <= u.unsqueeze(-1) * cdf[..., -1:]).sum(-1)
+    block = draw(blocks.sum(-1, dtype=torch.float64))                          # (...)
+    inside = blocks.take_along_dim(block[..., None, None], -2).squeeze(-2)     # (...,size)
+    return block * size + draw(inside)
 
 
 def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):

@@ -33,7 +33,7 @@ from sample import (SAMPLER_OPTIONS, check_options, denoise, describe_sampler, l
                     sample_prior)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
-init_from = ''               # instead of out_dir: another folder, or hf:ORG/NAME
+init_from = ''               # instead of out_dir: another folder, or hf:org/name
 weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
@@ -189,10 +189,9 @@ def judge_samples(loaded, autocast):
         for first in range(0, num_samples, batch_size):
             count = min(batch_size, num_samples - first)
             xt = sample_prior(info, (count, T), device)
-            calls = 0
             with autocast:
                 for xt in denoise(loaded, xt, **trial):
-                    calls += 1
+                    pass
             rows += xt.tolist()
         seconds = time.time() - began
         name = describe_sampler(trial | dict(temperature=1.0))
@@ -200,7 +199,6 @@ def judge_samples(loaded, autocast):
             out_dir=out_dir,
             judge=gen_ppl,
             sampler=name,
-            calls=calls,
             gen_ppl=math.exp(judge(rows)),
             samples_per_s=num_samples / seconds,
         )
@@ -235,5 +233,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

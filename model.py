@@ -81,9 +81,9 @@ def rotate_half(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def adaLN(cond_dim, width):
-    """A linear layer that starts at zero: every block starts as the identity."""
-    layer = nn.Linear(cond_dim, width)
+def zero_linear(n_in, n_out):
+    """A linear layer that starts at zero: so does what a block or the network adds."""
+    layer = nn.Linear(n_in, n_out)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -106,7 +106,7 @@ class Block(nn.Module):
             nn.Linear(4 * C, C),
         )
         if not config.causal:
-            self.adaLN_modulation = adaLN(config.cond_dim, 6 * C)
+            self.adaLN_modulation = zero_linear(config.cond_dim, 6 * C)
 
     def attention(self, x, cos, sin, cache):
         B, T, C = x.shape
@@ -147,11 +147,9 @@ class OutputLayer(nn.Module):
         super().__init__()
         C = config.n_embd
         self.norm_final = nn.LayerNorm(C, bias=False)
-        self.linear = nn.Linear(C, config.vocab_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = zero_linear(C, config.vocab_size)
         if not config.causal:
-            self.adaLN_modulation = adaLN(config.cond_dim, 2 * C)
+            self.adaLN_modulation = zero_linear(config.cond_dim, 2 * C)
 
     def forward(self, x, c):
         """What the head takes, (B,T,C)."""

@@ -3,13 +3,11 @@ Pictures of runs:
 
     python plot.py out                 # out/curve.png: losses by step; train.py ends with it
     python plot.py out out-ar          # compare.png: validation perplexity by tokens and by time
-    python plot.py --denoise out       # out/denoise.png: a sample at four moments of its denoising
     python plot.py --gen out out-dcd   # gen.png: Gen-PPL by sampling steps, and the frontier of
                                        # Gen-PPL and entropy, as eval.py --gen_ppl measured them
 """
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -48,36 +46,21 @@ def read_run(out_dir):
 def columns(records, *names):
     """An array of values for each name, of the records that have the last of them."""
     rows = [[r[name] for name in names] for r in records if names[-1] in r]
-    # dtype: null becomes nan
-    return np.array(rows, dtype=float).reshape(-1, len(names)).T
-
-
-def save(fig, *path):
-    path = Path(*path)
-    fig.savefig(path)
-    print(f'wrote {path}')
+    return np.array(rows, dtype=float).reshape(-1, len(names)).T     # null becomes nan
 
 
 def draw_curve(out_dir):
     settings, records = read_run(out_dir)
     fig, ax = plt.subplots(figsize=(8, 4.5))
-    ax.plot(
-        *columns(records, 'step', 'loss'),
-        label='training loss, raw weights',
-        color='#9ab8d8',
-    )
-    ax.errorbar(
-        *columns(records, 'step', 'val_loss', 'val_error'),
-        label='validation: NELBO (AR: NLL), EMA weights',
-        color='#c0392b',
-        marker='o',
-    )
+    ax.plot(*columns(records, 'step', 'loss'), label='training loss, raw weights')
+    ax.errorbar(*columns(records, 'step', 'val_loss', 'val_error'), marker='o',
+                label='validation: NELBO (AR: NLL), EMA weights')
     if settings['objective'] == 'duo':
         end = settings['curriculum_frac'] * settings['max_iters']
-        ax.axvline(end, label='end of the curriculum', ls='--')
+        ax.axvline(end, label='end of the curriculum', ls='--', color='gray')
     ax.set(xlabel='step', ylabel='nats per token', title=settings['dataset'])
     ax.legend()
-    save(fig, out_dir, 'curve.png')
+    return fig, Path(out_dir, 'curve.png')
 
 
 def compare(out_dirs):
@@ -92,48 +75,7 @@ def compare(out_dirs):
     left.set(xlabel='million tokens', ylabel='validation perplexity', yscale='log')
     right.set(xlabel='minutes')
     left.legend()
-    save(fig, 'compare.png')
-
-
-def draw_text(ax, tokenizer, ids, final, width=90, height=16):
-    """The tokens as a terminal wraps them: dark where they are what they will be, else pale."""
-    row = column = 0
-    for token, last in zip(ids, final):
-        # a token with a line break has nothing but white space before it
-        before, line_break, text = tokenizer.decode([token]).rpartition('\n')
-        if line_break or column + len(text) > width:
-            row += 1 + before.count('\n')
-            column = 0
-        ax.text(
-            column,
-            row,
-            re.sub(r'[\x00-\x1f\x7f]', '·', text),
-            color='#1b2631' if token == last else '#d98880',
-            family='monospace',
-            fontsize=8.5,
-            parse_math=False,
-            clip_on=True,
-        )
-        column += len(text)
-    ax.set(xlim=(0, width), ylim=(height, -1))
-    ax.axis('off')
-
-
-def draw_denoising(out_dir, steps=64):
-    import torch
-    from sample import denoise, load, sample_prior
-    loaded = load(out_dir, device='cpu')
-    info = loaded.info
-    if info['objective'] != 'duo':
-        raise UserError(f'{out_dir} holds no Duo: --denoise draws no other objective')
-    torch.manual_seed(1337)
-    xt = sample_prior(info, (1, info['model']['block_size']), 'cpu')
-    frames = torch.cat([xt, *denoise(loaded, xt, steps=steps)]).tolist()
-    fig, axes = plt.subplots(2, 2, figsize=(13, 6))
-    for ax, call in zip(axes.flat, (0, steps // 2, 3 * steps // 4, steps + 1)):
-        draw_text(ax, loaded.tokenizer, frames[call], frames[-1])
-        ax.set_title(f'after {call} of {steps + 1} network calls (pale: will change)')
-    save(fig, out_dir, 'denoise.png')
+    return fig, 'compare.png'
 
 
 def draw_gen(out_dirs):
@@ -141,43 +83,40 @@ def draw_gen(out_dirs):
     for out_dir in out_dirs:
         curves = {}
         for r in read_records(out_dir, 'gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
-            label = f'{Path(out_dir).name}, {r["sampler"]}'
-            points = curves.setdefault(label, {})
+            points = curves.setdefault(r['sampler'], {})
             points[r['steps'], r['temperature']] = r     # of equal settings the newest counts
-        for label, points in curves.items():
+        for sampler, points in curves.items():
             by_steps = [points[key] for key in sorted(points) if key[1] == 1]
-            left.plot(*columns(by_steps, 'steps', 'gen_ppl'), marker='o', label=label)
+            left.plot(*columns(by_steps, 'steps', 'gen_ppl'), marker='o',
+                      label=f'{Path(out_dir).name}, {sampler}')
             right.plot(*columns(points.values(), 'entropy', 'gen_ppl'), 'o')
     left.set(xlabel='sampling steps (temperature 1)', ylabel='Gen-PPL', yscale='log')
     left.set_xscale('log', base=2)
     right.set(xlabel='unigram entropy of a sample, nats (all temperatures)')
     fig.legend(loc='outside upper center')
-    save(fig, 'gen.png')
+    return fig, 'gen.png'
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+')
-    parser.add_argument('--denoise', action='store_true')
     parser.add_argument('--gen', action='store_true')
     args = parser.parse_args()
     plt.switch_backend('agg')            # writes files, needs no display
     plt.rcParams.update(STYLE)
     if args.gen:
-        draw_gen(args.runs)
-    elif args.denoise:
-        draw_denoising(args.runs[0])
+        fig, path = draw_gen(args.runs)
     elif len(args.runs) > 1:
-        compare(args.runs)
+        fig, path = compare(args.runs)
     else:
-        draw_curve(args.runs[0])
+        fig, path = draw_curve(args.runs[0])
+    fig.savefig(path)
+    print(f'wrote {path}')
 
 
 if __name__ == '__main__':
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))

@@ -14,8 +14,6 @@ or, in a notebook:
     print(generate(model, 'def main():', steps=32)[0])
 """
 import json
-import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import load_model
-from configurator import UserError, check, configure
+from configurator import UserError, check, configure, run
 from data import Tokenizer, load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, flatten_tokens, float64_device, head_chunks, noise_schedule,
+from diffusion import (categorical, flatten_tokens, head_chunks, noise_schedule,
                        masked_reverse_step, reverse_step, time_of_alpha, top_p_filter)
 from model import DiT
 
@@ -53,10 +51,10 @@ SAMPLER_OPTIONS = dict(
 )
 # --- where to
 watch = False                # show the first text while it denoises
-html = ''                    # a file for a page that shows the denoising (of the first batch)
+html = ''                    # a file for a page that shows the denoising (of the last batch)
 out = ''                     # a file for the texts as JSON lines, instead of printing them
 batch_size = 16              # texts at a time
-device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
+device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 
 T_END = 1e-5                 # the time from which the last call removes the noise that is left
@@ -164,8 +162,8 @@ SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
 
 
 def shape_logits(logits, temperature, top_p):
-    """logits (n,K) at a temperature, cut to the nucleus, where a draw can use float64."""
-    logits = logits.to(float64_device(logits.device)).float() / temperature
+    """logits (n,K) at a temperature, cut to the nucleus."""
+    logits = logits.float() / temperature
     return top_p_filter(logits, top_p) if top_p < 1 else logits
 
 
@@ -176,7 +174,7 @@ def generate_ar(model, xt, fixed, temperature, top_p, **_):
     for i in range(1, xt.size(1)):
         h = model.hidden(xt[:, i - 1:i], cache=cache)                      # (B,1,C)
         logits = shape_logits(model.output_layer.linear(h[:, 0]), temperature, top_p)
-        token = categorical(logits.softmax(-1)).to(xt.device)              # (B,)
+        token = categorical(logits.softmax(-1))                            # (B,)
         xt = xt.clone()
         xt[:, i] = torch.where(fixed[:, i], xt[:, i], token)
         yield xt
@@ -200,7 +198,7 @@ def denoise(loaded, xt, fixed=None, **options):
         xs = torch.empty_like(x)
         for rows, _, logits, [x_rows] in head_chunks(h, linear.weight, linear.bias, x):
             logits = shape_logits(logits[:, :vocab_size], o['temperature'], o['top_p'])
-            xs[rows] = draw(logits, x_rows.to(logits.device)).to(x.device)
+            xs[rows] = draw(logits, x_rows)
         return torch.where(fixed, given, xs.view_as(xt))
 
     if info['objective'] == 'ar':
@@ -286,72 +284,51 @@ def denoising_page(tokenizer, frames, title):
     return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
-def write_text(setting, path, text):
-    try:
-        Path(path).write_text(text, encoding='utf-8')
-    except OSError as error:
-        raise UserError(f'cannot write --{setting}={path}: {error.strerror}')
-
-
-def read_prompts(path):
-    try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read --prompts={path}: {error}')
-    if not lines:
-        raise UserError(f'--prompts={path} has no lines')
-    return lines
-
-
 def main():
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                           # Ctrl-C is no error
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     where = init_from or out_dir
     loaded = load(where, weights, device)
-    model, tokenizer, info = loaded
     autocast = pick_dtype(dtype, pick_device(device))[1]
-    check_options(info, options)
-    if prompts and prompt:
-        raise UserError(f'--prompts={prompts} and --prompt: give one of them')
-    lines = read_prompts(prompts) if prompts else [prompt]
+    lines = [prompt]
+    if prompts:
+        lines = Path(prompts).read_text('utf-8', 'replace').splitlines()
+        if prompt or not lines:
+            raise UserError(f'--prompts={prompts}: give a file with lines, and no --prompt')
     lines = [line for line in lines for _ in range(num_samples)]
 
     torch.manual_seed(seed)
     began = time.time()
-    texts, frames, calls = [], [], 0
+    texts, calls = [], 0
     noise, fixed = start_tokens(loaded, lines, suffix, length)
     for i in range(0, len(lines), batch_size):
         rows = slice(i, i + batch_size)
-        batch = [noise[rows]]
+        frames = [noise[rows]]
         with autocast:
             for xt in denoise(loaded, noise[rows], fixed[rows], **options):
-                calls += 1
+                frames.append(xt)
                 if watch:                                # clear the terminal, write the text
-                    text = tokenizer.decode(xt[0].tolist())
-                    print(f'\x1b[H\x1b[2J{text}\n\n[call {calls}]', flush=True)
-                if html and i == 0:
-                    batch.append(xt)
-        frames = frames or batch
-        texts += [tokenizer.decode(row) for row in xt.tolist()]
+                    text = loaded.tokenizer.decode(xt[0].tolist())
+                    print(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames) - 1}]', flush=True)
+        texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
+        calls += len(frames) - 1
     seconds = time.time() - began
 
     if html:
-        page = denoising_page(tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
-        write_text('html', html, page)
+        page = denoising_page(loaded.tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
+        Path(html).write_text(page, 'utf-8')
     if out:
         records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
-        write_text('out', out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+        records = [json.dumps(record, ensure_ascii=False) + '\n' for record in records]
+        Path(out).write_text(''.join(records), 'utf-8')
     else:
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({describe_sampler(options)}): '
+    name = 'autoregressive' if loaded.info['objective'] == 'ar' else describe_sampler(options)
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
           f'{seconds:.1f} s')
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    run(main)

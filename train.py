@@ -25,17 +25,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from checkpoint import (append_log, check_resume, has_state, load_model, load_state, open_log,
                         save, set_aside_older_run, write_card)
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
 from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
-from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, float32_on,
-                       head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
-                       teacher_kl, transform)
+from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, head_loss,
+                       mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times, teacher_kl,
+                       transform)
 from model import DiT, DiTConfig, update_ema
 
 # --- files and intervals, in steps
@@ -77,7 +76,6 @@ curriculum_k = 5             # tokens mixed at each position
 dcd_rounds = 5               # distillation: the teacher is renewed at the start of each round
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each round doubles it
 dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
-dcd_forward_kl = False       # KL(teacher || student), not the published KL(student || teacher)
 # --- optimiser: AdamW
 learning_rate = 1.5e-3
 max_iters = 1800
@@ -91,7 +89,7 @@ max_bad_steps = 20           # steps without finite gradients are skipped; more 
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
-device = 'auto'              # 'cuda', 'mps', 'cpu', or the best there is
+device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits the device
 compile = False              # torch.compile: pays from a few minutes of GPU time on
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
@@ -142,7 +140,7 @@ def loss_of(objective, vocab_size):
     if objective == 'mdlm':
         return partial(mdlm_nelbo, mask_id=vocab_size)
     if objective == 'dcd':
-        return partial(teacher_kl, forward=dcd_forward_kl)
+        return teacher_kl
     return nelbo
 
 
@@ -154,7 +152,7 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     distillation compares with the teacher instead (Algorithm 1).
     """
     # 1. NOISE: how much, and which tokens
-    sigma, weights = None, None
+    sigma = weights = None
     if objective == 'ar':
         x, args = x0[:, :-1], [x0[:, 1:]]
         mask = mask if mask is None else mask[:, 1:]
@@ -168,12 +166,12 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     elif in_curriculum(step):
         gamma = gamma_min + u * (gamma_max - gamma_min)
         alpha, dalpha = transform(gamma, vocab_size)
-        dalpha = dalpha * (gamma_max - gamma_min)                             # d alpha / d u
-        alpha, dalpha = float32_on(x0.device, alpha, dalpha)                  # (B,1), (B,1)
+        dalpha = (dalpha * (gamma_max - gamma_min)).float()                   # d alpha / d u, (B,1)
+        alpha = alpha.float()
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)  # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
     else:
-        alpha, dalpha = float32_on(x0.device, *noise_schedule(T_MIN + (1 - T_MIN) * u))
+        alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u, torch.float32)
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
@@ -222,10 +220,8 @@ def model_config(vocab_size):
 def build_optimizer(model):
     """A list of optimisers, each with its own rates: warm-up, clipping, skipped steps, checkpoints
     and resuming treat all of them alike."""
-    fused = next(model.parameters()).device.type != 'mps'
-    adamw = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
-                              weight_decay=weight_decay, fused=fused)
-    return [adamw]
+    return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
+                              weight_decay=weight_decay, fused=True)]
 
 
 def set_lr(optimizers, share):
@@ -242,11 +238,11 @@ def clip_and_step(optimizers, scaler, params):
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     finite = norm.isfinite()
     for optimizer in optimizers:
-        if optimizer.defaults.get('fused'):
+        fused = optimizer.defaults.get('fused')
+        if fused:
             optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        elif not finite:
-            optimizer.zero_grad()
-        scaler.step(optimizer)
+        if fused or finite:                              # scaler.step() would not see the others
+            optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return finite
@@ -359,7 +355,7 @@ def main():
 
     # ---- resume
     if start == 'resume':
-        state = load_state(out_dir, here)
+        state = load_state(out_dir)
         changed = check_resume(out_dir, state, settings, config, token_files)
         if master and changed:
             print(f'resuming with changed settings: {changed}')
@@ -385,7 +381,7 @@ def main():
 
     # ---- logs
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-    log_file, wandb_run = None, None
+    log_file = wandb_run = None
     if master:
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, '
               f'{here} {dtype_name}, {n_train:,} rows of {block_size} ({meta["tokenizer"]}, '
@@ -395,17 +391,13 @@ def main():
                 set_aside_older_run(out_dir)
             log_file = open_log(out_dir, step)
             wandb_run = start_wandb(settings) if wandb_log else None
-    progress = tqdm(total=max_iters, initial=step, file=sys.stdout,
-                    disable=not (master and sys.stdout.isatty()))
 
     def log(line, **record):
         if log_file:
             append_log(log_file, record)
         if wandb_run:
             wandb_run.log(record, step=record['step'])
-        if not progress.disable:
-            progress.write(line)
-        elif master:
+        if master:
             print(line, flush=True)
 
     def validate():
@@ -469,7 +461,6 @@ def main():
         skipped += ~finite
         in_a_row = (in_a_row + 1) * ~finite
         step += 1
-        progress.update()
 
         # 4. LOG; nowhere else does the CPU wait for the device
         if step % log_interval == 0 or step == max_iters:
@@ -494,16 +485,16 @@ def main():
             good.zero_()
 
     # ---- the picture, the card, some texts
-    progress.close()
     if master and stopped:
         print(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
               f'--init_from=resume continues from {out_dir}')
     elif log_file:
         run_script('plot.py', out_dir)
         write_card(out_dir, sys.argv[1:], world)
-        run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
-                   f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
-                   f'--dtype={dtype_name}')
+        if num_samples:
+            run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
+                       f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
+                       f'--dtype={dtype_name}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:
@@ -511,7 +502,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    run(main)

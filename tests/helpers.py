@@ -1,8 +1,14 @@
 """What the tests of the scripts share: they run them as users do, in a temporary directory."""
+import io
 import json
+import os
+import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,66 @@ TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --
 def run(folder, script, *args, launcher=(), env=None):
     return subprocess.run([sys.executable, *launcher, ROOT / script, *args], cwd=folder,
                           capture_output=True, text=True, env=env)
+
+
+def run_here(folder, script, *args):
+    """Like run, in this process, which saves the imports. Of a project that differs from this one
+    (see project_with) in more than the script itself, it would run the modules of this one."""
+    said, code, message = io.StringIO(), 0, ''
+    argv, cwd = sys.argv, os.getcwd()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    sys.argv = [str(script), *map(str, args)]
+    os.chdir(folder)
+    try:
+        with redirect_stdout(said):
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+    except SystemExit as end:
+        code = 1
+        message = str(end)
+    finally:
+        sys.argv = argv
+        os.chdir(cwd)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_float32_matmul_precision('highest')
+    return subprocess.CompletedProcess(args, code, said.getvalue(), message)
+
+
+def run_ranks(folder, script, *args, world=2):
+    """Like run, as several processes without a launcher; the outputs one after another."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    env = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    ranks = [subprocess.Popen([sys.executable, ROOT / script, *args], cwd=folder, text=True,
+                              env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+             for rank in range(world)]
+    said = [rank.communicate(timeout=150) for rank in ranks]
+    code = max(rank.returncode for rank in ranks)
+    return subprocess.CompletedProcess(args, code, *map(''.join, zip(*said)))
+
+
+def project_with(folder, code, script='train.py'):
+    """A copy of the project in the folder, with more code at the end of a file, before it starts
+    running: it may define one of its functions anew. Returns the path of the copy's train.py."""
+    shutil.copytree(ROOT / 'assets', folder / 'assets')
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    text, start, end = (folder / script).read_text().partition("\nif __name__ == '__main__':")
+    (folder / script).write_text(f'{text}\n{code}\n{start}{end}')
+    return folder / 'train.py'
+
+
+def wrapped_loss(expression):
+    """Code for project_with that makes of train.py's loss an expression of loss and step."""
+    return f'''
+_training_loss = training_loss
+
+
+def training_loss(model, x0, u, step, *rest):
+    loss = _training_loss(model, x0, u, step, *rest)
+    return {expression}
+'''
 
 
 def good(done):
@@ -72,3 +138,8 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def mean_and_error(values):
+    """The mean of independent numbers (a tensor), and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()

@@ -1,6 +1,10 @@
 """The paper's formulas as they read, over whole (B,T,K) tensors: tests compare diffusion.py with
 them, and bench.py measures what they cost."""
 import copy
+import ctypes
+import gc
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,7 @@ def literal_nelbo(logits, xt, x0, alpha, dalpha):
 
 def gaussian_latent(x0, gamma, noise):
     """w (B,T,K) = a onehot(x0) + s noise, at a log noise-to-signal ratio gamma (B,1)."""
-    a, s = (scale.float().unsqueeze(-1) for scale in gaussian_scales(gamma, x0.device))
+    a, s = (scale.float().unsqueeze(-1) for scale in gaussian_scales(gamma))
     return a * F.one_hot(x0, noise.size(-1)) + s * noise
 
 
@@ -68,6 +72,25 @@ def literal_reverse(logits, xt, alpha_s, alpha_t):
     return (q.log() - torch.empty_like(q).exponential_().log()).argmax(-1)
 
 
+def memory(device, reset=False):
+    """Peak bytes since the last reset, or with reset those of now, as CUDA or, for the process,
+    Linux counts them; elsewhere 0."""
+    if device.startswith('cuda'):
+        if not reset:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not os.path.exists('/proc/self/clear_refs'):
+        return 0
+    if reset:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)     # give back the pages that the allocator has kept
+        Path('/proc/self/clear_refs').write_text('5')
+    status = Path('/proc/self/status').read_text()
+    key = 'VmRSS:' if reset else 'VmHWM:'
+    return int(status.split(key)[1].split()[0]) * 1024
+
+
 def compare(bench, device, autocast):
     """python bench.py: measure the paper's formulas as they read (literal) and what replaces them
     (ours), without torch.compile. bench: that module, as it runs."""
@@ -106,7 +129,11 @@ def compare(bench, device, autocast):
     }
     table = ['| literal / ours | time | memory |', '| --- | --- | --- |']
     for name, calls in pairs.items():
-        a = bench.measure(f'{name}, literal', calls[0], device, x0.numel())
-        b = bench.measure(f'{name}, ours', calls[1], device, x0.numel())
-        table.append(f'| {name} | {a["ms"] / b["ms"]:.1f} | {a["mb"] / max(b["mb"], 1):.1f} |')
+        ms, mb = [], []
+        for kind, call in zip(('literal', 'ours'), calls):
+            call()
+            base = memory(device, reset=True)
+            ms.append(bench.measure(f'{name}, {kind}', call, device, x0.numel()))
+            mb.append(max(memory(device) - base, 1e6) / 1e6)
+        table.append(f'| {name} | {ms[0] / ms[1]:.1f} | {mb[0]:.0f} MB / {mb[1]:.0f} MB |')
     print('\n'.join(table))

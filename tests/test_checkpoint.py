@@ -40,7 +40,7 @@ def write_step(folder, step, keep_last=2):
     ema = network(seed=step)
     info = info_of(ema, step=step)
     state = dict(weights=network(seed=step + 1000).state_dict(), ema=ema.state_dict(),
-                 optimizers=[{'state': {}}], scaler={}, teacher=None, best=2.5, seconds=1.0,
+                 optimizers=[{'state': {}}], scaler={}, seconds=1.0,
                  skipped=0, fingerprint='f', **info)
     save(folder, state, ema, info, folder, keep_last)
     return state
@@ -83,12 +83,14 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_old_step_files_go_and_nothing_else(tmp_path):
     for step in (4, 8):
         write_step(tmp_path, step)
-    (tmp_path / 'step-best.pt').touch()          # a user's own
-    (tmp_path / 'step-00000007.pt.tmp').touch()  # of a run that was killed as it wrote
+    own = ['step-00000004.pt.kept', 'step-best.pt']
+    for name in own:
+        (tmp_path / name).touch()
+    (tmp_path / 'unfinished.tmp').touch()        # of a run that was killed as it wrote
     for step in (5, 6):                          # 8 was damaged: the run went on from 4
         write_step(tmp_path, step)
-    assert sorted(path.name for path in tmp_path.glob('step-*')) == [
-        'step-00000005.pt', 'step-00000006.pt', 'step-best.pt']
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'step-00000005.pt', 'step-00000006.pt', 'last.pt', 'model.safetensors', 'config.json', *own}
     assert [path.name for path in step_files(tmp_path)] == ['step-00000006.pt', 'step-00000005.pt']
     assert load_state(tmp_path)['step'] == 6
 
@@ -193,14 +195,14 @@ def test_any_plain_field_of_the_network_is_saved_and_loaded(tmp_path, monkeypatc
 
 def test_a_wrong_field_is_named(tmp_path):
     model = network()
-    for change in (dict(window=1), dict(n_layer='1'), dict(n_head=2.0), dict(causal=0),
+    for change in (dict(window=1), dict(n_layer='1'), dict(n_head=2.0),
                    dict(dropout='0'), dict(dropout=1.5), dict(vocab_size=True), dict(n_head=0),
                    dict(n_layer=2**30), dict(n_embd=-16), dict(block_size=0), dict(n_head=None),
                    dict(dropout=None), dict(vocab_size=255), dict(causal=True)):
         write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
         rewrite(tmp_path, **change)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json', *change)
-    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {}), ('settings', {'a': 1})):
+    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {})):
         write_model(tmp_path, model.state_dict(), info_of(model, **{entry: value}), tmp_path)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json')
     write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
@@ -252,8 +254,8 @@ def test_what_is_not_ours_is_converted_first(tmp_path):
     refused(lambda: load_model(folder / 'a.ckpt'), f'python convert.py {folder}/a.ckpt out-a')
     model = network()
     names = {f'backbone.{name}': w for name, w in model.state_dict().items()}
-    write_model(folder, names, info_of(model), folder)
-    refused(lambda: load_model(folder), command)
+    write_model(folder, names, info_of(model), folder)  # no program writes such a folder
+    refused(lambda: load_model(folder), folder, 'backbone.vocab_embed.embedding')
 
 
 # -------------------------------------------------------------------------------------------------
@@ -265,7 +267,6 @@ def test_a_run_is_a_repository_of_the_hub(work, tmp_path):
     assert card.startswith('---\n') and 'pipeline_tag: text-generation\n' in card.split('---\n')[1]
     assert f'{result[0]:.4f} +- {result[1]:.4f}' in card
     assert 'python train.py --dataset=tiny' in card and '22,608 tokens' in card
-    assert "'dataset': 'tiny'" in card and 'grad_clip' not in card
     env = os.environ | hub_cache(tmp_path, 'me/tiny', work / 'out')
     said = [good(run(work, 'sample.py', '--steps=2', '--num_samples=1', more, env=env))
             for more in ('--init_from=hf:me/tiny', '--out_dir=out')]
@@ -284,13 +285,13 @@ def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
 
     def again():
         arguments = ['--init_from=resume', '--out_dir=my run']
-        write_card(str(tmp_path / 'out'), {'seed': 7}, arguments, 8)
+        write_card(str(tmp_path / 'out'), arguments, 8)
 
     text = card.read_text().replace('# license: mit    (to be', 'license: gpl')
     card.write_text(text.replace('+-', '?'))
     again()
     command = "torchrun --nproc_per_node=8 train.py --init_from=resume '--out_dir=my run'\n"
-    parts = ('\nlicense: gpl', '+-', command, "{'seed': 7}")
+    parts = ('\nlicense: gpl', '+-', command)
     assert all(part in card.read_text() for part in parts)
     card.write_text('of my own')
     again()

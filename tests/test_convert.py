@@ -61,19 +61,19 @@ def same(ours, theirs):
     return (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def converted(where, weights='ema'):
+def converted(where, objective=None):
     """load_model of what convert() makes of it."""
     folder = Path(f'{where}-ours')
     shutil.rmtree(folder, ignore_errors=True)
-    convert(where, folder, weights)
+    convert(where, folder, objective)
     return load_model(folder)
 
 
-def refused(where, *parts, weights='ema'):
+def refused(where, *parts, objective=None):
     """convert() ends in one line with these parts, and leaves nothing behind."""
     folder = Path(f'{where}-never')
     with pytest.raises(UserError) as error:
-        convert(str(where), folder, weights)
+        convert(str(where), folder, objective)
     line = str(error.value)
     assert len(line.splitlines()) == 1 and all(part in line for part in parts), line
     assert not folder.exists()
@@ -89,16 +89,16 @@ def test_a_repository_of_theirs_is_the_published_network(tmp_path, capsys):
     assert same(model(a['x'], a['sigma']), a['logits'])
     assert 'assumed: nothing' in capsys.readouterr().out
     assert info['objective'] == 'duo' and info['data']['vocab_size'] == 101
-    assert info['model'] == dict(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_embd=64,
-                                 cond_dim=32, dropout=0.1, causal=False)
+    assert model.config == DiTConfig(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_embd=64,
+                                     cond_dim=32, dropout=0.1, causal=False)
     with pytest.raises((UserError, SystemExit), match='of 101 tokens'):  # no tokenizer, no text
         load_tokenizer(info['data'], info['folder'])
 
     # the shapes tell all but the heads: 4 x 16 could be 1 x 64
     (tmp_path / 'theirs' / 'config.json').unlink()
-    model, info = converted(str(tmp_path / 'theirs'))
-    said = capsys.readouterr().out
-    assert all(part in said for part in ('n_heads 1', 'model_length 1024', 'model_type duo'))
+    refused(tmp_path / 'theirs', '--objective')
+    model, info = converted(str(tmp_path / 'theirs'), 'duo')
+    assert 'assumed: n_heads 1, model_length 1024' in capsys.readouterr().out
     assert info['model']['n_layer'] == 2 and info['model']['cond_dim'] == 32
     assert not info['model']['causal']
 
@@ -145,7 +145,7 @@ def test_a_lightning_checkpoint(tmp_path, monkeypatch, capsys):
     a, order = reference('dit_'), list(DiT(DiTConfig(101, 24, 2, 4, 64, 32)).state_dict())
     average = weights_of(a)
     raw = OrderedDict((name, average[name] + 1) for name in order)
-    # their settings, as omegaconf pickles them: it takes no such package to read them
+    # their settings, as omegaconf pickles them: it takes no such package to pass them by
     fake = types.ModuleType('omegaconf')
     fake.Node = type('Node', (), {'__module__': 'omegaconf',
                                   '__init__': lambda self, **kw: vars(self).update(kw)})
@@ -164,17 +164,22 @@ def test_a_lightning_checkpoint(tmp_path, monkeypatch, capsys):
                      hyper_parameters=hyper)
     monkeypatch.delitem(sys.modules, 'omegaconf')
 
-    for where in (path, str(tmp_path / 'theirs')):
-        model, info = converted(where)
-        assert same(model(a['x'], a['sigma']), a['logits']) and info['model']['n_head'] == 4
-    assert 'assumed: nothing' in capsys.readouterr().out and info['model']['block_size'] == 24
-    model, _ = converted(path, 'raw')
-    assert equal(dict(model.state_dict()), dict(raw))
+    refused(path, '--objective')
+    model, info = converted(path, 'duo')
+    assert equal(dict(model.state_dict()), average) and info['objective'] == 'duo'
+    assert 'assumed: n_heads 1, model_length 1024' in capsys.readouterr().out
+    config = tmp_path / 'theirs' / 'config.json'          # which may tell of a .ckpt, too
+    config.write_text(json.dumps(dict(n_heads=4, model_length=24)))
+    model, info = converted(path, 'duo')
+    assert same(model(a['x'], a['sigma']), a['logits']) and info['model']['block_size'] == 24
+    assert 'assumed: nothing' in capsys.readouterr().out
 
     for names in (order[1:], order[::-1]):
         refused(lightning(tmp_path / 'theirs' / 'b.ckpt', raw, [average[name] for name in names]),
-                'moving average', 'weights=raw')
-    refused(tmp_path / 'theirs', 'or several', '.ckpt')
+                'moving average')
+    torch.save({'state_dict': raw}, tmp_path / 'e.ckpt')
+    model, _ = converted(tmp_path / 'e.ckpt', 'duo')
+    assert equal(dict(model.state_dict()), dict(raw)) and 'no moving' in capsys.readouterr().out
     (tmp_path / 'c.ckpt').write_bytes(Path(path).read_bytes()[:-1000])
     refused(tmp_path / 'c.ckpt', 'c.ckpt')
     torch.save([1, 2], tmp_path / 'd.ckpt')
@@ -222,11 +227,12 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
 
     refused(theirs(weights, vocab_size=50257), 'theirs', 'vocab_size 50257', '101')
     refused(theirs(weights, vocab_size='101'), 'theirs', 'vocab_size')
-    refused(theirs(weights, n_blocks=3), 'theirs', 'blocks.2.attn_qkv.weight')
-    refused(theirs(weights, hidden_dim=32), 'theirs', name, '32')
-    refused(theirs(weights, causal=True), 'causal')
+    refused(theirs(weights, n_blocks=3), 'theirs', 'n_blocks 3', '2')
+    refused(theirs(weights, hidden_dim=32), 'theirs', 'hidden_dim 32', '64')
+    refused(theirs(weights, cond_dim=16), 'theirs', 'sigma_map.mlp.0.weight', '[32, 256]')
+    refused(theirs(weights, causal=True), 'theirs', 'causal True')
     refused(theirs(weights, n_heads=5), 'n_head')
-    refused(theirs(weights, n_heads='4'), "n_head = '4'")
+    refused(theirs(weights, n_heads='4'), "'n_head': '4'")
     refused(theirs(weights, model_type='SEDD'), 'sedd')
     refused(theirs({k: v for k, v in weights.items() if k != name}), 'Missing', name)
     refused(theirs(weights | {'noise.w': torch.ones(8), 'more': torch.ones(())}),
@@ -234,10 +240,10 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
     refused(theirs(weights | {name: weights[name][:3], 'output_layer.linear.bias': torch.ones(8)}),
             name, '[3, 64]', '[64, 64]', 'output_layer.linear.bias', '[8]', '[101]')
     refused(theirs({name: weights[name]}), 'vocab_embed.embedding')
-    refused(theirs(weights), '--weights=raw', weights='raw')
     file = Path(theirs(weights), 'model.safetensors')
     file.write_bytes(file.read_bytes()[:-100])
     refused(tmp_path / 'theirs', 'theirs')
+    theirs(weights)
     (tmp_path / 'theirs' / 'config.json').write_text('{')
     refused(tmp_path / 'theirs', 'theirs', 'JSON')
     refused(tmp_path / 'nowhere', 'nowhere')
@@ -274,11 +280,6 @@ def test_a_run_exported_and_converted_back_loses_nothing(work, tmp_path):
     again, told = load_model(tmp_path / 'back')
     assert equal(dict(ours.state_dict()), dict(again.state_dict()))
     assert all(told[key] == info[key] for key in info if key != 'folder')
-    convert_raw = run(work, 'convert.py', '--export', 'out', str(tmp_path / 'raw'), '--weights=raw')
-    assert 'wrote' in good(convert_raw)
-    raw = load_file(tmp_path / 'raw' / 'model.safetensors')
-    name = 'output_layer.linear.bias'
-    assert torch.equal(raw[f'backbone.{name}'], checkpoint(work / 'out')['weights'][name])
 
 
 def test_theirs_on_the_hub(tmp_path):
@@ -308,8 +309,8 @@ def test_going_on_from_a_model_of_theirs(work, tmp_path):
     (tmp_path / 'tiny.txt').write_text((work / 'tiny.txt').read_text())
     good(run(tmp_path, 'prepare.py', 'tiny.txt', '--tokenizer', 'gpt2', env=env))
     more = [*TINY, *(f'--{key}={value}' for key, value in shape.items()), '--init_from=duo']
-    good(run(tmp_path, 'train.py', *more, '--objective=dcd', '--max_iters=2', '--out_dir=dcd',
-             env=env))
+    good(run(tmp_path, 'train.py', *more, '--objective=dcd', '--dcd_rounds=1', '--max_iters=2',
+             '--out_dir=dcd', env=env))
     state, theirs = checkpoint(tmp_path / 'dcd'), dict(load_model(tmp_path / 'duo')[0].state_dict())
     assert equal(dict(state['teacher']), theirs) and not equal(dict(state['weights']), theirs)
     said = good(run(tmp_path, 'sample.py', '--init_from=ar', '--num_samples=1', env=env))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
-from eval import diversity, hub_judge, our_judge, prior_term
+from eval import diversity, hub_judge, our_judge
 from helpers import TINY, good, log, one_line, run
 
 
@@ -42,7 +42,6 @@ def test_likelihood_of_each_objective(baselines, objective, out_dir):
     val_loss = log(baselines / out_dir, 'val_loss')[-1]
     val_error = log(baselines / out_dir, 'val_error')[-1]
     assert abs(r['nll'] - val_loss) < 5 * (r['error'] + val_error)
-    assert ('prior_term' in r) == (objective == 'duo')
 
 
 def test_two_processes_evaluate_as_one(baselines):
@@ -134,12 +133,6 @@ def test_a_repeated_token_has_no_entropy():
     assert diversity([rich])['repetition'] == 0
     assert diversity([dull, rich])['entropy'] == pytest.approx(math.log(64) / 2)
     assert diversity([[1, 2, 3, 4, 1, 2, 3, 4]])['repetition'] == pytest.approx(1 / 5)
-
-
-def test_prior_term_by_hand():
-    alpha, K = 1e-3, 4
-    q = [alpha + (1 - alpha) / K] + [(1 - alpha) / K] * (K - 1)
-    assert prior_term(K) == pytest.approx(sum(p * math.log(p * K) for p in q), rel=1e-9)
 
 
 @pytest.mark.parametrize('args, said', [

@@ -26,9 +26,8 @@ from configurator import UserError, configure
 from convert import convert
 from data import check_tokens, get_rows, load_data, load_tokenizer, num_rows
 from files import repacked
-from helpers import ROOT, equal
+from helpers import ROOT, equal, good, run
 from model import DiT, DiTConfig
-from test_data import ok
 
 CASES = int(os.environ.get('FUZZ_CASES', 400))
 fuzz = lambda share: settings(derandomize=True, database=None, deadline=None, max_examples=round(CASES * share),
@@ -112,7 +111,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('fuzz')
     (home / 'a.txt').write_text('\n\n'.join(f'This is line {i} of a text.' for i in range(99)))
     for name in ('bytes', 'bpe'):
-        ok('a.txt', '--tokenizer', name, '--name', name, cwd=home)
+        good(run(home, 'prepare.py', 'a.txt', f'--name={name}', f'--tokenizer={name}'))
     padded = shutil.copytree(home / 'data/bpe', home / 'data/padded')
     meta, data = load_data(padded)
     for split, (tokens, _) in data.items():
@@ -153,7 +152,7 @@ def restored(folder, whole):
 # settings
 
 GLOBALS = {name: v for name, v in vars(train).items() if type(v) in (int, float, bool, str)}
-TYPES = {name: type(v) for name, v in GLOBALS.items() if name[0] != '_'}
+TYPES = {name: type(v) for name, v in GLOBALS.items() if name[0].islower()}
 CHECKS = [('max_iters batch_size', lambda v: v >= 1, 'at least 1'),
           ('objective', lambda v: v in ('duo', 'ar'), 'duo or ar')]
 names = st.sampled_from(sorted(TYPES)) | st.from_regex(r'\A[a-z_]{1,9}\Z')
@@ -204,7 +203,7 @@ def use_data(folder):
             assert starts == sorted(starts) and (starts[0], starts[-1]) == (0, len(stream[0]))
             assert 0 <= rows.min() and rows.max() < K
             assert math.isfinite(meta[f'{split}_tokens'] / meta[f'{split}_bytes'])
-        encode, decode = load_tokenizer(meta, folder)
+        encode, decode, *_ = load_tokenizer(meta, folder)
         assert type(decode(np.arange(K))) is str and max(encode('line')) < K
 
 
@@ -243,8 +242,9 @@ def test_token_files(home, folder):
 
 
 def test_a_tokenizer_of_another_data_set(home, tmp_path):
-    meta, raw = load_data(home / 'data/bpe')[0], (home / 'data/bpe/tokenizer.json').read_text()
-    (tmp_path / 'tokenizer.json').write_text(raw.replace('endoftext', 'end'))
+    folder = home / 'data/bpe'
+    meta, raw = load_data(folder)[0], (folder / 'tokenizer.json').read_bytes()
+    (tmp_path / 'tokenizer.json').write_bytes(raw + b' ')
     with pytest.raises(UserError, match='not the one'):
         load_tokenizer(meta, tmp_path)
 
@@ -306,7 +306,8 @@ def test_a_bomb_is_refused_not_run(home, tmp_path, monkeypatch, bomb):
     Path('defused.py').write_text('open("ran", "w")\nThing = dict')
     whole, folder = home / 'out/last.pt', tmp_path / 'bombs'
     states = [lambda: load_state(folder)]
-    models = [lambda: load_model(folder), lambda: convert(folder, tmp_path / 'never')]
+    models = [lambda: load_model(folder), lambda: convert(folder, tmp_path / 'never'),
+              lambda: convert(folder / 'model.ckpt', tmp_path / 'never')]
     calls = {'last.pt': states, 'step-00000007.pt': states, 'model.ckpt': models,
              'model.safetensors': models}
     for raw in (bomb, b'\x80\x02' + bomb, repacked(whole, bomb), repacked(whole, b'\x80\x02' + bomb)):
@@ -330,7 +331,7 @@ def use_model(folder):
     with one_line_or_fine():
         loaded = model, tokenizer, info = sample.load(str(folder))
         (text,) = sample.generate(loaded, 'a', length=8, steps=2)
-        assert type(text) is str and (info['settings'] == {} or type(info['settings']['dataset']) is str)
+        assert type(text) is str
         return model
 
 

@@ -32,7 +32,6 @@ def test_training_draws_its_curve(runs):
 @pytest.mark.parametrize('args, path', [
     ('out', 'out/curve.png'),
     ('out judge', 'compare.png'),
-    ('--denoise out', 'out/denoise.png'),
     ('--gen out', 'gen.png')])
 def test_every_picture(runs, args, path):
     (runs / path).unlink(missing_ok=True)
@@ -45,7 +44,6 @@ def test_every_picture(runs, args, path):
 @pytest.mark.parametrize('args, parts', [
     ('nowhere', ['nowhere', 'train.py']),
     ('--gen judge', ['gen.jsonl', 'eval.py']),
-    ('--denoise judge', ['judge', 'Duo']),
     ('', ['runs'])])
 def test_what_cannot_be_drawn_is_one_line(runs, args, parts):
     one_line(run(runs, 'plot.py', *args.split()), *parts)

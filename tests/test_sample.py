@@ -1,66 +1,368 @@
-"""sample.py through the command line, a notebook's eyes, and a browser."""
+"""sample.py: its samplers against enumeration, through the command line, in a notebook's eyes and
+in a browser."""
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from helpers import good, one_line, run
-from sample import generate, load
-
-
-def test_sample(work):
-    said = good(run(work, 'sample.py', '--steps', '3', '--prompt', 'Ünë', '--suffix', 'end', '--num_samples=2', '--top_p=0.9'))
-    texts = said.split('-' * 80 + '\n')[1:-1]
-    assert len(texts) == 2 and all(t.strip('\n').startswith('Ünë') and t.strip('\n').endswith('end') for t in texts)
-    assert '4 network calls for 2 texts of 32 tokens' in said
-    assert run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1] == run(work, 'sample.py', '--steps=3').stdout.split(': ')[:-1]
-    frames = good(run(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--weights=raw', '--length=40', '--out=texts.txt'))
-    assert all(f'[call {i}]' in frames for i in range(1, 5)) and (work / 'texts.txt').read_text().count('-' * 80) == 3
+from configurator import UserError
+from diffusion import categorical, noise_schedule, posterior
+from helpers import good, one_line, run, run_here
+from model import DiT, DiTConfig
+from sample import (SAMPLER_OPTIONS, Loaded, denoise, describe_sampler, generate, load,
+                    psi_alphas_kappas, sample_prior)
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--steps=0'], ['--steps']), (['--temperature=0'], ['--temperature']), (['--top_p=1.5'], ['--top_p']),
-    (['--weights=best'], ['--weights']), (['--out_dir=nowhere'], ['nowhere', 'train.py']), (['--device=tpu'], ['tpu']),
-    (['--prompt', 'x' * 40], ['--length']), (['--out=no/such/folder'], ['--out']), (['--stpes=3'], ['did you mean steps'])])
-def test_sample_refuses_in_one_line(work, args, words):
-    one_line(run(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *words)
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
-def test_every_sampler_ends_in_text(work):
-    for args, said in ((['--sampler=psi'], 'psi rescale, eta 0.05, top-p 0.9'), (['--sampler=commit', '--greedy'], 'greedy tail'),
-                       (['--sampler=psi', '--psi=loop', '--eta=0.2', '--top_p=1'], '(psi loop, eta 0.2)')):
-        said_last = good(run(work, 'sample.py', '--steps=5', '--num_samples=1', *args)).splitlines()[-1]
-        assert said in said_last and said_last.startswith('6 network calls')
+class Spy:
+    """A network whose tokens have one distribution, whatever it sees; it notes what it is told."""
+
+    def __init__(self, logits):
+        self.output_layer = self
+        self.linear = torch.nn.Linear(1, logits.numel())
+        self.linear.weight.data.zero_()
+        self.linear.bias.data = logits.float()
+        self.sigmas = []
+
+    def hidden(self, x, sigma):
+        assert sigma.shape == x.shape[:1] and (sigma == sigma[0]).all()
+        self.sigmas.append(sigma[0].item())
+        return torch.zeros(*x.shape, 1)
 
 
-def test_a_file_of_prompts_becomes_json_lines(work):
-    (work / 'lines.txt').write_text('This is\nÜ and\n')
-    good(run(work, 'sample.py', '--steps=2', '--prompts=lines.txt', '--num_samples=2', '--batch_size=3', '--out=texts.jsonl'))
-    records = [json.loads(line) for line in open(work / 'texts.jsonl', encoding='utf-8')]
-    assert [r['prompt'] for r in records] == ['This is'] * 2 + ['Ü and'] * 2
-    assert all(r['text'].strip('\n').startswith(r['prompt']) for r in records)
+def loaded_spy(logits, objective='duo'):
+    vocab_size = len(logits) - (objective == 'mdlm')
+    data = dict(vocab_size=vocab_size, bos_id=0, eos_id=0)
+    return Loaded(Spy(logits), None, dict(objective=objective, data=data))
 
+
+def random_model(K, T=8, causal=False):
+    torch.manual_seed(1)
+    model = DiT(DiTConfig(K, T, 2, 2, 16, 8, 0.0, causal)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def of_model(model, objective):
+    vocab_size = model.config.vocab_size - (objective == 'mdlm')
+    data = dict(vocab_size=vocab_size, bos_id=0, eos_id=0)
+    info = dict(objective=objective, data=data, model=dict(block_size=model.config.block_size))
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(c) % vocab_size for c in text],
+                                decode=lambda ids: ''.join(chr(97 + i) for i in ids))
+    return Loaded(model, tokenizer, info)
+
+
+def fits(counts, expected, p=1e-4):
+    """Chi-square: could these counts have come from what is expected? The seeds are fixed."""
+    return stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > p
+
+
+def last_of(frames):
+    *_, x = frames
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# the samplers
+
+@pytest.mark.parametrize('psi, eta', [('rescale', 0.05), ('cap', 0.01), ('loop', 0.01)])
+def test_psi_schedules_number_by_number(psi, eta, steps=64):
+    """From the published rules, in plain Python."""
+    n, end, t9 = steps + 1, 1e-5, 0.1 / 0.999
+
+    def ramp(a, b, m):
+        return [a + (b - a) * i / max(1, m - 1) for i in range(m)]
+    times, high, mid = ramp(1, end, n), 0, n
+    if psi == 'loop':
+        high, mid = round(0.45 * n), round(0.5 * n)
+        times = ramp(1, t9, high) + [t9] * mid + ramp(t9, end, n - high - mid)
+    a = [1 - 0.999 * t for t in times]
+    alphas, kappas = psi_alphas_kappas(steps, psi, eta)
+    assert alphas.tolist() == pytest.approx(a, rel=1e-12)
+    assert len(kappas) == steps and (kappas < 1).any()
+    for i, kappa in enumerate(kappas.tolist()):
+        capped = min(eta, (1 - a[i + 1]) / a[i])
+        in_loop = high <= i < high + mid - 1
+        sigma = {'rescale': eta * capped, 'cap': capped, 'loop': eta * in_loop}[psi]
+        expected = min(1, max(0, 1 - sigma / (1 - a[i + 1])))
+        assert kappa == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    for few in range(1, 9):
+        alphas, kappas = psi_alphas_kappas(few, psi, eta)
+        assert len(alphas) == few + 1 and len(kappas) == few
+        assert (alphas.diff() >= 0).all() and (kappas >= 0).all() and (kappas <= 1).all()
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(greedy=True), dict(sampler='psi', eta=0.4), dict(sampler='psi', psi='loop')])
+def test_the_network_is_told_the_noise_of_its_input(options, steps=7):
+    """sigma is -log(alpha) at the time of xt, not of the xs that is drawn next."""
+    loaded = loaded_spy(torch.zeros(5))
+    frames = list(denoise(loaded, sample_prior(loaded.info, (2, 3)), steps=steps, **options))
+    o = SAMPLER_OPTIONS | options
+    if o['sampler'] == 'psi':
+        alphas = psi_alphas_kappas(steps, o['psi'], o['eta'])[0]
+    else:
+        alphas = noise_schedule(torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64))[0]
+    assert len(frames) == len(loaded.model.sigmas) == steps + 1
+    assert loaded.model.sigmas == pytest.approx((-alphas.log()).tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_a_masked_model_is_told_no_noise():
+    loaded = loaded_spy(torch.zeros(5), 'mdlm')
+    list(denoise(loaded, sample_prior(loaded.info, (2, 3)), steps=3))
+    assert loaded.model.sigmas == [0.0] * 4
+
+
+def transition(p, alpha_s, alpha_t, kappa):
+    """The reverse step's distribution as a matrix, [xt, xs]."""
+    K = len(p)
+    q_s, q_0 = (posterior(p.expand(K, K), torch.arange(K), a, alpha_t) for a in (alpha_s, 1.0))
+    return kappa * q_s + (1 - kappa) * (alpha_s * q_0 + (1 - alpha_s) / K)
+
+
+def unmasking(p, alpha_s, alpha_t):
+    """Likewise of the masked process; the mask is the last id."""
+    K = len(p)
+    matrix = torch.eye(K + 1, dtype=torch.float64)
+    move = (alpha_s - alpha_t) / (1 - alpha_t)
+    matrix[K, :K] = move * p
+    matrix[K, K] = 1 - move
+    return matrix
+
+
+@pytest.mark.parametrize('objective, options', [
+    ('duo', dict()),
+    ('duo', dict(temperature=0.5)),
+    ('duo', dict(temperature=3.0, top_p=0.7)),
+    ('duo', dict(sampler='psi', psi='cap', eta=0.3)),
+    ('duo', dict(sampler='psi', psi='rescale', eta=0.7, temperature=2.0)),
+    ('duo', dict(sampler='psi', psi='loop', eta=0.05, temperature=0.7)),
+    ('mdlm', dict(temperature=0.5)),
+    ('mdlm', dict(temperature=2.0, top_p=0.7))])
+def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=60_000, steps=3):
+    """How often a token takes each path from noise to text: temperature, nucleus and kappa must
+    all reach the draw."""
+    o = SAMPLER_OPTIONS | options
+    logits = torch.tensor([0.9, 0.0, -0.6])
+    p = (logits.double() / o['temperature']).softmax(-1)
+    if o['top_p'] < 1:
+        assert p[:2].sum() > o['top_p'] > p[0]                           # the nucleus: two tokens
+        p = torch.tensor([1.0, 1.0, 0.0]) * p / p[:2].sum()
+    times = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64)
+    alphas, kappas = noise_schedule(times)[0], torch.ones(steps)
+    if o['sampler'] == 'psi':
+        alphas, kappas = psi_alphas_kappas(steps, o['psi'], o['eta'])
+        assert ((0.1 < kappas) & (kappas < 0.9)).any()
+    alphas, kappas = [*alphas.tolist(), 1.0], [*kappas.tolist(), 1.0]
+    pairs = list(zip(alphas[1:], alphas))
+    if objective == 'mdlm':
+        matrices = [unmasking(p, *pair) for pair in pairs]
+        logits = torch.cat([logits, torch.tensor([5.0])])                # the mask is never drawn
+        start = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    else:
+        matrices = [transition(p, *pair, kappa) for pair, kappa in zip(pairs, kappas)]
+        start = torch.ones(3) / 3
+
+    loaded = loaded_spy(logits, objective)
+    prior = sample_prior(loaded.info, (n, 1))
+    frames = [prior, *denoise(loaded, prior, steps=steps, **options)]
+    K = len(start)
+    codes = sum(x.squeeze(1) * K ** i for i, x in enumerate(frames))
+    counts = np.bincount(codes, minlength=K ** len(frames))
+    expected = np.zeros(K ** len(frames))
+    for path in itertools.product(range(K), repeat=len(frames)):
+        probability = start[path[0]].item()
+        for matrix, a, b in zip(matrices, path, path[1:]):
+            probability *= matrix[a, b].item()
+        expected[sum(x * K ** i for i, x in enumerate(path))] = n * probability
+    assert counts[expected < 1e-9].sum() == 0
+    usual = expected > 5                                                 # the rest is one cell
+    pool = lambda v: np.append(v[usual], v[~usual].sum() + 1e-9)
+    assert fits(pool(counts), pool(expected))
+
+
+def test_an_exact_denoiser_samples_the_data():
+    """One token, K = 4: the chain ends in the data's distribution, in many steps or few. (The exact
+    softmax is the token's distribution given all *other* tokens: what xt itself tells of x0 is in
+    the posterior's formula already.)"""
+    probs = torch.tensor([0.6, 0.1, 0.25, 0.05])
+    loaded = loaded_spy(probs.log())
+    for steps in (1, 16):
+        x = last_of(denoise(loaded, sample_prior(loaded.info, (40_000, 1)), steps=steps))
+        assert fits(np.bincount(x[:, 0], minlength=4), probs.double().numpy())
+
+
+@pytest.mark.parametrize('objective', ['duo', 'mdlm'])
+def test_denoise_keeps_what_is_given(objective):
+    loaded = of_model(random_model(6), objective)
+    start = sample_prior(loaded.info, (400, 8))
+    start[:, 0] = 3
+    fixed = torch.zeros_like(start, dtype=torch.bool)
+    fixed[:, 0] = True
+    frames = list(denoise(loaded, start, fixed, steps=20))
+    assert len(frames) == 21 and all((frame[:, 0] == 3).all() for frame in frames)
+    assert (frames[-1] < loaded.info['data']['vocab_size']).all()        # no masks are left
+    assert len(frames[-1][:, 1:].unique()) == loaded.info['data']['vocab_size']
+
+
+def test_a_greedy_tail_takes_the_likeliest():
+    loaded = loaded_spy(torch.tensor([0.2, 0.5, 0.25, 0.05]).log())
+    prior = sample_prior(loaded.info, (400, 2))
+    frames = list(denoise(loaded, prior, steps=3, greedy=True))
+    assert (frames[-1] == 1).all() and not (frames[-2] == 1).all()
+
+
+@torch.no_grad()
+def test_generate_ar_with_a_cache_equals_generation_without():
+    model = random_model(20, causal=True)
+    loaded = of_model(model, 'ar')
+    start = torch.randint(20, (3, 8))
+    fixed = torch.zeros(3, 8, dtype=torch.bool)
+    fixed[:, 2] = True
+    torch.manual_seed(3)
+    ours = last_of(denoise(loaded, start, fixed, temperature=0.8))
+    torch.manual_seed(3)
+    x = start.clone()
+    for i in range(1, 8):
+        token = categorical((model(x[:, :i])[:, -1] / 0.8).softmax(-1))
+        x[:, i] = torch.where(fixed[:, i], x[:, i], token)
+    assert torch.equal(ours, x)
+    assert torch.equal(ours[:, [0, 2]], start[:, [0, 2]])
+
+
+# --------------------------------------------------------------------------------------------------
+# in a notebook
 
 def test_three_lines_in_a_notebook(work):
     model = load(work / 'out', device='cpu')
     torch.manual_seed(3)
     texts = generate(model, 'This is', num_samples=2, steps=3)
     torch.manual_seed(3)
-    assert texts == generate(model, 'This is', num_samples=2, steps=3, sampler='ancestral', temperature=1.0)
-    assert len(texts) == 2 and all(isinstance(t, str) and t.strip('\n').startswith('This is') for t in texts)
+    again = generate(model, 'This is', num_samples=2, steps=3, sampler='ancestral', temperature=1.0)
+    assert texts == again and len(texts) == 2
+    assert all(isinstance(t, str) and t.strip('\n').startswith('This is') for t in texts)
+
+
+@pytest.mark.parametrize('given, options, parts', [
+    (('x' * 40,), {}, ['prompt and suffix take 41 tokens of 32', 'length']),
+    (('x' * 20, 1, 'y' * 20), {}, ['42 tokens of 32']),
+    ((), dict(tepmerature=0.5), ['tepmerature', 'temperature']),
+    ((), dict(settle=0.1), ['settle']),
+    ((), dict(temperature=0.0), ['temperature', 'above 0']),
+    ((), dict(top_p=0.0), ['top_p']),
+    ((), dict(eta=2), ['eta']),
+    ((), dict(steps=0), ['steps', 'at least 1']),
+    ((), dict(sampler='commit'), ['commit', 'ancestral or psi']),
+    ((), dict(psi='constant'), ['constant', 'rescale'])])
+def test_a_mistake_leaves_the_process_alive(work, given, options, parts):
+    """A UserError is an ordinary Exception of one line, and the next call works."""
+    model = load(work / 'out', device='cpu')
+    with pytest.raises(UserError) as caught:
+        generate(model, *given, **options)
+    message = str(caught.value)
+    assert all(part in message for part in parts) and '\n' not in message
+    assert isinstance(caught.value, Exception)
+    assert len(generate(model, steps=1)) == 1
+
+
+def test_what_a_baseline_cannot_do():
+    ar, mdlm = of_model(random_model(20, causal=True), 'ar'), of_model(random_model(6), 'mdlm')
+    with pytest.raises(UserError, match='suffix'):
+        generate(ar, 'a', suffix='b')
+    for loaded in (ar, mdlm):
+        with pytest.raises(UserError, match='psi.*' + loaded.info['objective']):
+            generate(loaded, sampler='psi')
+        assert len(generate(loaded, 'a', 2, steps=2)) == 2
+
+
+def test_a_sampler_in_words():
+    assert describe_sampler(SAMPLER_OPTIONS | dict(steps=9)) == 'ancestral'
+    named = describe_sampler(SAMPLER_OPTIONS | dict(sampler='psi', top_p=0.9, greedy=True))
+    assert all(part in named for part in ('psi', 'top_p 0.9', 'greedy')) and 'eta' not in named
+
+
+# --------------------------------------------------------------------------------------------------
+# the script
+
+def test_sample(work):
+    said = good(run_here(work, 'sample.py', '--steps', '3', '--prompt', 'Ünë', '--suffix', 'end',
+                         '--num_samples=2', '--top_p=0.9'))
+    texts = [text.strip('\n') for text in said.split('-' * 80 + '\n')[1:-1]]
+    assert len(texts) == 2
+    assert all(text.startswith('Ünë') and text.endswith('end') for text in texts)
+    assert '4 network calls for 2 texts of 32 tokens' in said
+    first, again = (run_here(work, 'sample.py', '--steps=3').stdout for _ in range(2))
+    assert first.split(': ')[:-1] == again.split(': ')[:-1]              # all but the seconds
+    frames = good(run_here(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--weights=raw',
+                           '--length=40', '--out=texts.jsonl'))
+    assert all(f'[call {i}]' in frames for i in range(1, 5))
+    assert len((work / 'texts.jsonl').read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--steps=0'], ['--steps']),
+    (['--temperature=0'], ['--temperature']),
+    (['--top_p=1.5'], ['--top_p']),
+    (['--weights=best'], ['--weights']),
+    (['--out_dir=nowhere'], ['nowhere', 'train.py']),
+    (['--device=tpu'], ['tpu']),
+    (['--prompt', 'x' * 40], ['--length']),
+    (['--prompts=nowhere.txt'], ['nowhere.txt']),
+    (['--prompts=/dev/null'], ['--prompts=/dev/null', 'lines']),
+    (['--prompts=tiny.txt', '--prompt=x'], ['--prompts', '--prompt']),
+    (['--out=no/such/file'], ['no/such/file']),
+    (['--html=no/such/file'], ['no/such/file']),
+    (['--sampler=commit'], ['--sampler', 'ancestral or psi']),
+    (['--stpes=3'], ['did you mean steps'])])
+def test_sample_refuses_in_one_line(work, args, parts):
+    one_line(run_here(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *parts)
+
+
+def test_a_mistake_is_one_line_on_stderr(work):
+    done = run(work, 'sample.py', '--steps=0')
+    assert done.returncode == 1
+    assert done.stderr == '--steps=0: must be at least 1\n' and not done.stdout
+
+
+def test_every_sampler_ends_in_text(work):
+    for args, parts in ((['--sampler=psi', '--top_p=0.9'], ['psi', 'top_p 0.9']),
+                        (['--greedy'], ['greedy']),
+                        (['--sampler=psi', '--psi=loop', '--eta=0.2'], ['psi loop', 'eta 0.2'])):
+        said = good(run_here(work, 'sample.py', '--steps=5', '--num_samples=1', *args))
+        summary = said.splitlines()[-1]
+        assert summary.startswith('6 network calls') and all(part in summary for part in parts)
+
+
+def test_a_file_of_prompts_becomes_json_lines(work):
+    (work / 'lines.txt').write_text('This is\nÜ and\n')
+    good(run_here(work, 'sample.py', '--steps=2', '--prompts=lines.txt', '--num_samples=2',
+                  '--batch_size=3', '--out=texts.jsonl'))
+    records = [json.loads(line) for line in open(work / 'texts.jsonl', encoding='utf-8')]
+    assert [r['prompt'] for r in records] == ['This is'] * 2 + ['Ü and'] * 2
+    assert all(r['text'].strip('\n').startswith(r['prompt']) for r in records)
 
 
 def test_the_page_shows_every_frame(work):
     """A slider moved in a real browser reads back the very texts that --watch saw."""
     args = ['--steps=6', '--num_samples=2', '--prompt=</script> <b>&', '--html=page.html']
-    watched = good(run(work, 'sample.py', *args, '--watch')).split('\x1b[H\x1b[2J')[1:]
+    watched = good(run_here(work, 'sample.py', *args, '--watch')).split('\x1b[H\x1b[2J')[1:]
     watched = [frame.rsplit('\n\n[call', 1)[0] for frame in watched]
     page = (work / 'page.html').read_text(encoding='utf-8')
     assert 'http' not in page and page.count('</script>') == 1
-    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    browsers = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
+    browser = next(filter(None, browsers), None)
     if not browser:
         pytest.skip('no chromium to open the page with')
     probe = """<script>
@@ -71,16 +373,22 @@ def test_the_page_shows_every_frame(work):
       }
       document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}));
       document.body.innerHTML = '<textarea></textarea>';
-      document.querySelector('textarea').textContent = JSON.stringify([read, slide.value]).replace(/[^ -~]/g,
+      const text = JSON.stringify([read, slide.value]);
+      document.querySelector('textarea').textContent = text.replace(/[^ -~]/g,
         c => '\\\\u' + c.charCodeAt(0).toString(16).padStart(4, '0'));
     </script></html>"""
     (work / 'probe.html').write_text(page.replace('</html>', probe), encoding='utf-8')
-    dom = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom', f'file://{work}/probe.html'],
-                         capture_output=True, text=True, timeout=120).stdout
+    command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom']
+    dom = subprocess.run([*command, f'file://{work}/probe.html'], capture_output=True, text=True,
+                         timeout=120).stdout
     found = re.search(r'<textarea>(.*)</textarea>', dom, re.S).group(1)
     for entity, char in (('&lt;', '<'), ('&gt;', '>'), ('&amp;', '&')):
         found = found.replace(entity, char)
     frames, at = json.loads(found)
-    assert len(frames) == 8 and at == '6'                                # noise, six steps, noise removal; then one back
-    ascii = lambda text: ''.join(c for c in text if ' ' <= c <= '~')      # of a longer character a token may be a part
-    assert [ascii(f) for f in frames] == [ascii(w) for w in watched] and len(ascii(frames[0])) > 12
+    # noise, six steps, noise removal; then one back
+    assert len(frames) == 8 and at == '6'
+
+    def ascii(text):  # a token may be a part of a longer character
+        return ''.join(c for c in text if ' ' <= c <= '~')
+    assert [ascii(f) for f in frames[-len(watched):]] == [ascii(w) for w in watched]
+    assert len(ascii(frames[0])) > 12

@@ -1,188 +1,459 @@
-"""train.py and sample.py as users run them: through the command line, in a temporary directory."""
+"""train.py as users run it, and its functions."""
 import json
 import math
 
 import pytest
 import torch
 
+import diffusion
+import sample
 import train
-from diffusion import denoise, nelbo, sampling_schedule, soft_tokens, stratified_times, transform
-from helpers import TINY, checkpoint, equal, good, log, one_line, run
-from model import DiT, DiTConfig
+from checkpoint import load_model
+from data import epoch_rows, get_rows, load_data, num_rows
+from diffusion import (consistency_pair, nelbo, noise_schedule, q_sample, soft_tokens,
+                       stratified_times, transform)
+from helpers import (TINY, checkpoint, equal, good, log, mean_and_error, one_line, project_with,
+                     rewind, run, run_here, wrapped_loss)
+from literal import literal_nelbo
+from model import DiT, DiTConfig, update_ema
+from sample import Loaded, denoise
 
+QUICK = [*TINY, '--num_samples=0']
+EVERY_STEP = ['--checkpoint_interval=1', '--keep_last=99', '--eval_interval=99']
+PARTS = ('weights', 'ema', 'optimizers', 'scaler', 'step', 'skipped')  # what a resume continues
+
+
+def same_bits(a, b, *more):
+    a, b = checkpoint(a), checkpoint(b)
+    for key in (*PARTS, *more):
+        assert equal(a[key], b[key]), key
+
+
+def last_json(said):
+    return json.loads(said.strip().splitlines()[-1])
+
+
+def change(monkeypatch, **settings):
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+
+
+def random_model(K, T=8, n=1):
+    """n DiTs whose outputs depend on all their weights."""
+    models = [DiT(DiTConfig(K, T, 1, 2, 16, 8, 0.0)) for _ in range(n)]
+    for model in models:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return models
+
+
+# --------------------------------------------------------------------------------------------------
+# runs
 
 def test_a_run_leaves_what_it_should(work):
     out, said = work / 'out', (work / 'stdout').read_text()
-    assert 'val loss' in said and 'bits per byte' in said and said.count('-' * 80) == 1 and 'curve.png' in said
+    assert all(part in said for part in ('val loss', 'bits per byte', 'curve.png', 'network calls'))
+    assert said.count('-' * 80) == 2                                     # one text
     assert (out / 'curve.png').read_bytes()[:4] == b'\x89PNG'
     losses, vals = log(out), log(out, 'val_loss')
-    assert len(losses) == 12 and len(vals) == 3 and all(map(math.isfinite, losses + vals))
+    assert len(losses) == 12 and len(vals) == 3
+    assert all(map(math.isfinite, losses + vals))
     assert json.loads((out / 'config.json').read_text())['model']['n_embd'] == 32
     state = checkpoint(out)
-    assert state['step'] == 12 and state['best'] == pytest.approx(min(vals), abs=1e-5)
+    assert state['step'] == 12
     assert state['val_loss'] == pytest.approx(vals[-1], abs=1e-5)
     assert set(state['weights']) == set(state['ema'])
     assert not list(out.glob('*.tmp'))
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run(work):
-    # stopped inside the curriculum, with dropout on and gradients accumulated
-    more = [*TINY, '--gradient_accumulation_steps=2']
-    good(run(work, 'train.py', *more, '--out_dir=whole'))
-    good(run(work, 'train.py', *more, '--out_dir=parts', '--max_iters=4'))
-    said = good(run(work, 'train.py', *more, '--out_dir=parts', '--init_from=resume'))
-    assert 'max_iters 4 -> 12' in said
-    whole, parts = checkpoint(work / 'whole'), checkpoint(work / 'parts')
-    for key in ('weights', 'ema', 'optimizer', 'scaler', 'step', 'best'):
-        assert equal(whole[key], parts[key]), key
-    assert log(work / 'whole') == log(work / 'parts') and log(work / 'whole', 'val_loss') == log(work / 'parts', 'val_loss')
-    one_line(run(work, 'train.py', *more, '--out_dir=parts', '--init_from=resume', '--n_embd=64'), 'another model', 'n_embd')
-
-    # two processes share the micro-batches of one
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    good(run(work, 'train.py', *more, '--out_dir=two', launcher=torchrun))
-    for key in ('loss', 'val_loss'):
-        assert log(work / 'two', key) == pytest.approx(log(work / 'whole', key), rel=1e-5)
+    """Stopped inside the curriculum, with dropout, two micro-batches a step; in a new process."""
+    args = [*QUICK, '--gradient_accumulation_steps=2']
+    good(run_here(work, 'train.py', *args, '--out_dir=whole', '--keep_last=99'))
+    rewind(work / 'whole', work / 'parts', 4)
+    resume = [*args, '--out_dir=parts', '--init_from=resume']
+    said = good(run(work, 'train.py', *resume, '--keep_last=98'))
+    assert 'keep_last 99 -> 98' in said
+    same_bits(work / 'whole', work / 'parts', 'val_loss')
+    for key in ('loss', 'val_loss', 'step'):
+        assert log(work / 'whole', key) == log(work / 'parts', key)
+    refused = run_here(work, 'train.py', *resume, '--n_embd=64')
+    one_line(refused, 'another model', 'n_embd')
 
 
-def test_an_older_run_is_set_aside_not_overwritten(work):
-    before = checkpoint(work / 'out')
-    said = good(run(work, 'train.py', *TINY, '--max_iters=1'))
+def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
+    (tmp_path / 'data').symlink_to(work / 'data')
+    older = checkpoint(rewind(work / 'out', tmp_path / 'out', 8))
+    said = good(run_here(tmp_path, 'train.py', *QUICK, '--max_iters=1'))
     assert 'held another run' in said
-    (aside,) = work.glob('out-2*')
-    assert equal(checkpoint(aside)['weights'], before['weights']) and checkpoint(work / 'out')['step'] == 1
-    for file in (work / 'out').iterdir():
-        file.unlink()
-    (work / 'out').rmdir()
-    aside.rename(work / 'out')
+    (aside,) = tmp_path.glob('out-2*')
+    assert equal(checkpoint(aside)['weights'], older['weights'])
+    assert checkpoint(tmp_path / 'out')['step'] == 1
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--dataset=owt'], ['python prepare.py owt']), (['--device=tpu'], ['tpu']), (['--dtype=int8'], ['int8']),
-    (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']), (['--init_from=there'], ['there']), (['--objective=dcd'], ['--init_from']), (['--dcd_kl=both'], ['dcd_kl']),
-    (['--objective=dcd', '--init_from=auto'], ['auto:MODEL']), (['--objective=dcd', '--init_from=out', '--dcd_round_iters=1', '--max_iters=5000'], ['dcd_delta']),
-    (['--dropout=1.5'], ['dropout']), (['--beta1=1'], ['beta1']), (['--weight_decay=-1'], ['weight_decay']), (['--ema_decay=2'], ['ema_decay']),
-    (['--log_interval=0'], ['log_interval']), (['--out_dir=tiny.txt/out'], ['tiny.txt/out']), (['--curriculum_k=1'], ['curriculum_k']),
+@pytest.mark.parametrize('args, parts', [
+    (['--dataset=owt'], ['python prepare.py owt']),
     (['--dataset=owt_t4'], ['prepare.py owt --max_docs']),
-    (['--block_size=100000'], ['tokens', 'block_size']), (['--n_head=3'], ['n_embd']), (['--learning_rate=fast'], ['float'])])
-def test_train_refuses_in_one_line(work, args, words):
-    one_line(run(work, 'train.py', *TINY, '--out_dir=never', *args), *words)
+    (['--device=tpu'], ['tpu']),
+    (['--dtype=int8'], ['int8']),
+    (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
+    (['--init_from=there'], ['there']),
+    (['--init_from=out', '--n_embd=64'], ['out', 'another model']),
+    (['--objective=dcd'], ['--init_from']),
+    (['--objective=dcd', '--init_from=auto'], ['auto:MODEL']),
+    (['--objective=dcd', '--init_from=out', '--dcd_rounds=11'], ['dcd_delta', '11 rounds']),
+    (['--dcd_rounds=0'], ['dcd_rounds']),
+    (['--objective=udlm'], ['objective', 'mdlm']),
+    (['--dropout=1.5'], ['dropout']),
+    (['--beta1=1'], ['beta1']),
+    (['--weight_decay=-1'], ['weight_decay']),
+    (['--ema_decay=2'], ['ema_decay']),
+    (['--cooldown_frac=1.1'], ['cooldown_frac']),
+    (['--curriculum_frac=-0.1'], ['curriculum_frac']),
+    (['--curriculum_k=1'], ['curriculum_k']),
+    (['--curriculum_k=257'], ['curriculum_k', '256 tokens']),
+    (['--gamma_min=-1', '--gamma_max=-1'], ['gamma_min', 'gamma_max']),
+    (['--log_interval=0'], ['log_interval']),
+    (['--out_dir=tiny.txt/out'], ['tiny.txt/out']),
+    (['--block_size=100000'], ['tokens', 'block_size']),
+    (['--n_head=3'], ['n_embd']),
+    (['--learning_rate=fast'], ['float'])])
+def test_train_refuses_in_one_line(work, args, parts):
+    one_line(run_here(work, 'train.py', *TINY, '--out_dir=never', *args), *parts)
     assert not (work / 'never' / 'last.pt').exists()
 
 
-def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(work):
-    (work / 'wild.py').write_text('learning_rate = 1e30\nwarmup_iters = 0\n')
-    good(run(work, 'train.py', *TINY, '--out_dir=wild', '--max_iters=4'))
-    one_line(run(work, 'train.py', *TINY, 'wild.py', '--out_dir=wild', '--init_from=resume'), 'loss is nan', 'step')
-    state = checkpoint(work / 'wild')
-    assert state['step'] == 4 and all(torch.isfinite(w).all() for w in state['weights'].values())
+def test_a_mistake_is_one_line_on_stderr(work):
+    done = run(work, 'train.py', '--dcd_rounds=0')
+    assert done.returncode == 1
+    assert done.stderr == '--dcd_rounds=0: must be at least 1\n' and not done.stdout
+
+
+def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(work, tmp_path):
+    rewind(work / 'out', tmp_path / 'wild', 8)
+    done = run_here(work, 'train.py', *QUICK, f'--out_dir={tmp_path}/wild', '--init_from=resume',
+                    '--learning_rate=1e30', '--warmup_iters=0')
+    one_line(done, 'loss is nan')
+    state = checkpoint(tmp_path / 'wild')
+    assert state['step'] == 8
+    assert all(torch.isfinite(w).all() for w in state['weights'].values())
 
 
 def test_half_precision_with_a_scaler(work):
-    said = good(run(work, 'train.py', *TINY, '--dtype=float16', '--out_dir=half'))
-    assert 'cpu float16' in said and all(map(math.isfinite, log(work / 'half')))
-    assert checkpoint(work / 'half')['scaler']['scale'] > 1
+    said = good(run_here(work, 'train.py', *QUICK, '--dtype=float16', '--out_dir=half'))
+    assert 'cpu float16' in said and 'skipped' not in said
+    assert all(map(math.isfinite, log(work / 'half')))
+    assert checkpoint(work / 'half')['scaler']['scale'] == 2.0 ** 16
 
 
-def test_too_few_micro_batches_for_the_processes(work):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = run(work, 'train.py', *TINY, '--out_dir=never', launcher=torchrun)
-    assert done.returncode != 0 and 'must be a multiple of the number of processes (2)' in done.stderr
+def test_an_overflow_in_half_precision_is_skipped_and_counted(work, tmp_path):
+    """The scaler starts far too high: it halves until the gradients are finite."""
+    script = project_with(tmp_path, '''
+from functools import partial
+torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
+''')
+    scaler = torch.amp.GradScaler
+    try:
+        said = good(run_here(work, script, *QUICK, '--dtype=float16', '--out_dir=overflow'))
+    finally:
+        torch.amp.GradScaler = scaler
+    skipped, losses = log(work / 'overflow', 'skipped'), log(work / 'overflow')
+    count = skipped[-1]
+    assert 0 < count < 10 and f'{count} steps skipped' in said
+    assert skipped == [losses[:step].count(None) for step in range(1, 13)]
+    assert all(loss is None or math.isfinite(loss) for loss in losses)
+    state = checkpoint(work / 'overflow')
+    assert state['skipped'] == count and state['scaler']['scale'] == 2.0 ** (24 - count)
+    (adamw,) = state['optimizers']
+    assert all(s['step'] == 12 - count for s in adamw['state'].values())
 
 
-def test_distillation_from_the_command_line(work):
-    dcd = [*TINY, '--objective=dcd', '--init_from=out', '--dcd_round_iters=3', '--dcd_teacher=ema', '--eval_interval=5']
-    good(run(work, 'train.py', *dcd, '--out_dir=dcd-whole'))
-    good(run(work, 'train.py', *dcd, '--out_dir=dcd-parts', '--max_iters=5'))          # in the middle of a round
-    good(run(work, 'train.py', *dcd, '--out_dir=dcd-parts', '--init_from=resume'))
-    whole, parts = checkpoint(work / 'dcd-whole'), checkpoint(work / 'dcd-parts')
-    for key in ('weights', 'ema', 'optimizer', 'teacher'):
-        assert equal(whole[key], parts[key]), key
-    assert not equal(whole['teacher'], whole['ema'])
-    assert 'network calls' in good(run(work, 'sample.py', '--out_dir=dcd-whole', '--steps=2', '--num_samples=1'))
+# --------------------------------------------------------------------------------------------------
+# what a researcher changes: one function, in a copy of the project
+
+FOREIGN_LOSS = '''
+def loss_of(objective, vocab_size):
+    return lambda logits, xt, x0, alpha, dalpha: 3 + cross_entropy(logits, x0)
+'''
 
 
-@pytest.mark.parametrize('teacher', ['student', 'ema'])
-def test_the_teacher_is_renewed_where_a_round_begins(work, teacher):
-    """At steps 0, 3, 6: what it is at step 5 is what the student (or its average) was at 3. Raw weights to start from."""
-    dcd = [*TINY, '--objective=dcd', '--init_from=out', '--init_weights=raw', '--dcd_round_iters=3', '--dcd_kl=forward',
-           f'--dcd_teacher={teacher}', '--ema_decay=0.5']
-    at = {}
-    for step in (2, 3, 5):
-        good(run(work, 'train.py', *dcd, f'--out_dir=dcd-{teacher}', f'--max_iters={step}'))
-        at[step] = checkpoint(work / f'dcd-{teacher}')
-    assert equal(at[2]['teacher'], checkpoint(work / 'out')['weights'])
-    assert equal(at[5]['teacher'], at[3]['weights' if teacher == 'student' else 'ema'])
-    assert not equal(at[3]['weights'], at[3]['ema'])
+def test_the_metric_is_untouchable(work, tmp_path):
+    """A foreign loss trains differently, and changes nothing that is validated or reported."""
+    script = project_with(tmp_path, FOREIGN_LOSS)
+    args = [*QUICK, '--eval_interval=12', '--out_dir=foreign']
+    good(run_here(work, script, *args))
+    losses = log(work / 'foreign')
+    assert all(abs(a - b) > 0.1 for a, b in zip(losses, log(work / 'out')))
+    assert min(losses) > 3
 
-# ---- train.py's functions
+    # given weights have one value, whatever loss_of says
+    validated = log(work / 'foreign', 'val_loss')[-1]
+    for folder in ('out', 'foreign'):
+        args = [*QUICK, '--eval_only', f'--init_from={folder}']
+        foreign, ours = (good(run_here(work, path, *args)) for path in (script, 'train.py'))
+        assert foreign == ours
+    assert f'val loss {validated:.4f}' in ours
 
-def test_schedules(monkeypatch):
-    for name, value in dict(learning_rate=1.0, warmup_iters=9, max_iters=100, cooldown_iters=20, ema_decay=0.999).items():
-        monkeypatch.setattr(train, name, value)
-    rates = [train.learning_rate_at(i) for i in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.5) and rates[99] > 0
-    assert train.ema_decay_at(0) == 0.1 and train.ema_decay_at(10 ** 6) == 0.999
+    # it is the NELBO as the paper writes it
+    model, info = load_model(work / 'foreign')
+    assert info['val_loss'] == pytest.approx(validated, rel=1e-6)
+    meta, data = load_data(work / 'data' / 'tiny')
+    rows = epoch_rows(range(8), num_rows(data['val'], 32), seed=0)
+    x0 = torch.from_numpy(get_rows(data['val'], rows, 32, meta))
+    nats = []
+    for first in (0, 4):
+        torch.manual_seed(first)
+        t = stratified_times(0.5, first, 4, 8)
+        alpha, dalpha = noise_schedule(t, torch.float32)
+        clean = x0[first:first + 4]
+        xt = q_sample(clean, alpha, 256)
+        logits = model(xt, -alpha.log()).double()
+        nats.append(literal_nelbo(logits, xt, clean, alpha.double(), dalpha.double()).mean(-1))
+    mean, error = mean_and_error(torch.cat(nats))
+    assert mean == pytest.approx(validated, rel=1e-5)
+
+    # and what eval.py reports
+    figures = last_json(good(run_here(work, 'eval.py', '--out_dir=foreign', '--draws=4')))
+    assert abs(figures['nll'] - mean) < 4 * (figures['error'] + error)
 
 
-def test_the_average_remembers_no_gradients():
-    params, average = [torch.ones(3, requires_grad=True)], [torch.zeros(3)]
-    train.update_average(average, params, 0.75)
-    assert average[0].tolist() == [0.25] * 3 and not average[0].requires_grad
+MUON = '''
+def build_optimizer(model):
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        in_block = name.startswith('blocks') and 'adaLN' not in name
+        (matrices if in_block and p.ndim == 2 else others).append(p)
+    return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+'''
 
 
-def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
-    """As tau vanishes the network sees zt itself, and the loss is nelbo with the transformed alpha and its slope."""
-    for name, value in dict(curriculum_iters=1, tau=1e-9, gamma_min=-3.0, gamma_max=-1.0, curriculum_k=4).items():
-        monkeypatch.setattr(train, name, value)
-    model = DiT(DiTConfig(50, 8, 1, 2, 16, 8, 0.0))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
+    """torch.optim.Muon for the blocks' matrices beside AdamW; the loss of step 6 is not finite."""
+    bad_loss = wrapped_loss("loss * (float('nan') if step == 6 else 1)")
+    script = project_with(tmp_path, MUON + bad_loss)
+    args = [*QUICK, '--cooldown_frac=0.5', *EVERY_STEP]
+    said = good(run_here(work, script, *args, '--out_dir=muon'))
+    assert '1 steps skipped' in said
+    muon, adamw = checkpoint(work / 'muon')['optimizers']
+    assert [set(s) for s in muon['state'].values()] == [{'momentum_buffer'}] * 4
+    assert all(s['step'] == 11 for s in adamw['state'].values()) and len(adamw['state']) > 8
+    for part, rate in ((muon, 0.02), (adamw, 1.5e-3)):
+        (group,) = part['param_groups']
+        assert group['initial_lr'] == rate
+        assert group['lr'] == pytest.approx(rate / 6)                    # the last of the cooldown
+
+    # both train, and the skipped step changes neither
+    at = {step: torch.load(work / 'muon' / f'step-{step:08}.pt', weights_only=True)
+          for step in (5, 6, 7)}
+    for name, w in at[6]['weights'].items():
+        assert not equal(w, at[5]['weights'][name]), name
+    assert at[7]['skipped'] == 1
+    for key in ('weights', 'optimizers'):
+        assert equal(at[6][key], at[7][key]), key
+
+    rewind(work / 'muon', work / 'muon-parts', 5)
+    good(run(work, script, *args, '--out_dir=muon-parts', '--init_from=resume'))
+    same_bits(work / 'muon', work / 'muon-parts')
+
+
+COSINE = '''
+def noise_schedule(t, dtype=torch.float64, eps=1e-3):
+    alpha = eps + (1 - eps) * torch.cos(t * pi / 2)
+    dalpha = -(1 - eps) * pi / 2 * torch.sin(t * pi / 2)
+    return alpha.to(dtype), dalpha.to(dtype)
+
+
+def time_of_alpha(alpha, eps=1e-3):
+    return torch.tensor((alpha - eps) / (1 - eps)).acos().item() * 2 / pi
+'''
+
+
+def test_a_cosine_schedule_trains_validates_and_samples(work, tmp_path):
+    """In diffusion.py alone. The bound is the same for any schedule: only its error changes."""
+    script = project_with(tmp_path, COSINE, 'diffusion.py')
+    good(run(work, script, *QUICK, '--curriculum_frac=0', '--out_dir=cosine'))
+    assert all(map(math.isfinite, log(work / 'cosine') + log(work / 'cosine', 'val_loss')))
+    ours, cosine = (last_json(good(run(work, path, '--out_dir=cosine', '--draws=20')))
+                    for path in ('eval.py', tmp_path / 'eval.py'))
+    assert ours['nll'] != cosine['nll']
+    assert abs(ours['nll'] - cosine['nll']) < 4 * (ours['error'] + cosine['error'])
+    said = good(run(work, tmp_path / 'sample.py', '--out_dir=cosine', '--sampler=psi',
+                    '--psi=loop', '--steps=9'))
+    assert '10 network calls' in said
+
+
+def test_the_schedule_reaches_the_loss_and_the_samplers(monkeypatch):
+    cosine = dict(vars(diffusion))
+    exec(COSINE, cosine)
+    for module in (train, sample):
+        monkeypatch.setattr(module, 'noise_schedule', cosine['noise_schedule'])
+    monkeypatch.setattr(sample, 'time_of_alpha', cosine['time_of_alpha'])
+    change(monkeypatch, objective='duo', curriculum_frac=0.0)
+    torch.manual_seed(0)
+    (model,) = random_model(50)
     x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
     torch.manual_seed(5)
-    ours = train.training_loss(model, x0, u, 0, 50)
-    gamma = -3.0 + 2.0 * u
+    loss = train.training_loss(model, x0, u, 0, 50, nelbo)
+    alpha, dalpha = cosine['noise_schedule'](1e-3 + (1 - 1e-3) * u, torch.float32)
     torch.manual_seed(5)
-    zt = soft_tokens(x0, gamma, 1e-9, 50, 4)[2]
-    alpha = transform(gamma, 50)[0]
-    slope = (transform(gamma + 1e-6, 50)[0] - alpha) / 1e-6 * 2.0
-    theirs = nelbo(model(zt, -alpha.log()), zt, x0, alpha, slope).mean()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
-    assert train.training_loss(model, x0, u, 1, 50).item() != pytest.approx(ours.item(), rel=1e-3)
+    xt = q_sample(x0, alpha, 50)
+    exact = nelbo(model(xt, -alpha.log()), xt, x0, alpha, dalpha).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+    times = torch.linspace(1, 1e-5, 21, dtype=torch.float64)
+    alphas = cosine['noise_schedule'](times)[0].tolist()
+    assert sample.psi_alphas_kappas(20, 'cap', 0.1)[0].tolist() == pytest.approx(alphas)
+    told = []
+    list(sample.ancestral(lambda xt, alpha, draw: told.append(alpha), None, 20, False))
+    assert told == pytest.approx(alphas)
+    held = sample.psi_alphas_kappas(20, 'loop', 0.1)[0]
+    assert ((held - 0.9).abs() < 1e-6).sum() >= 10
+
+
+# --------------------------------------------------------------------------------------------------
+# distillation
+
+def test_distillation_from_the_command_line(work):
+    """Resumed in the middle of a round, and where one begins: 12 steps are 4 rounds of 3."""
+    dcd = [*QUICK, '--objective=dcd', '--dcd_rounds=4', '--dcd_ema_teacher', *EVERY_STEP]
+    said = good(run_here(work, 'train.py', *dcd, '--init_from=out', '--out_dir=dcd'))
+    assert 'KL' in said
+    assert not equal(checkpoint(work / 'dcd')['teacher'], checkpoint(work / 'dcd')['ema'])
+    for step in (3, 5):
+        parts = work / f'dcd-{step}'
+        rewind(work / 'dcd', parts, step)
+        resume = [*dcd, '--init_from=resume', f'--out_dir={parts.name}']
+        good(run_here(work, 'train.py', *resume))
+        same_bits(work / 'dcd', parts, 'teacher')
+    good(run_here(work, 'sample.py', '--out_dir=dcd', '--steps=2', '--num_samples=1'))
+
+
+@pytest.mark.parametrize('teacher, source', [('False', 'weights'), ('True', 'ema')])
+def test_the_teacher_is_renewed_where_a_round_begins(work, teacher, source):
+    """10 steps are 3 rounds: they begin at 0, 4 and 7. Each teacher is what the student, or its
+    EMA, was there; the first is the model that the run starts from."""
+    out = f'renewed-{source}'
+    good(run_here(work, 'train.py', *QUICK, '--objective=dcd', '--init_from=out', '--max_iters=10',
+                  '--dcd_rounds=3', f'--dcd_ema_teacher={teacher}',
+                  '--ema_decay=0.5', f'--out_dir={out}', *EVERY_STEP))
+    at = {step: torch.load(work / out / f'step-{step:08}.pt', weights_only=True)
+          for step in range(1, 11)}
+    for step, state in at.items():
+        begin = max(b for b in (0, 4, 7) if b < step)
+        expected = at[begin][source] if begin else checkpoint(work / 'out')['ema']
+        assert equal(state['teacher'], expected), step
+    assert not equal(at[4]['weights'], at[4]['ema'])
+
+
+@pytest.mark.parametrize('max_iters, rounds', [(10, 3), (12, 4), (50_000, 5), (7, 7), (1000, 7)])
+def test_rounds_share_the_run(monkeypatch, max_iters, rounds):
+    change(monkeypatch, max_iters=max_iters, dcd_rounds=rounds)
+    numbers = [train.dcd_round(step) for step in range(max_iters)]
+    lengths = [numbers.count(i) for i in range(rounds)]
+    assert numbers == sorted(numbers) and sum(lengths) == max_iters
+    assert max(lengths) - min(lengths) <= 1
 
 
 def test_distillation_loss(monkeypatch):
-    """Against the full vectors; nothing to learn from oneself at the same time; a gradient for the student only."""
+    """Against the full vectors; a gradient for the student only; nothing to learn from oneself."""
     torch.manual_seed(0)
-    student, teacher = (DiT(DiTConfig(30, 8, 1, 2, 16, 8, 0.0)).eval() for _ in range(2))
-    for p in (*student.parameters(), *teacher.parameters()):
-        torch.nn.init.normal_(p, std=0.3)
+    student, teacher = random_model(30, n=2)
     x0, u = torch.randint(30, (6, 8)), stratified_times(0.2, 0, 6, 6)
-    seen = []
-    pair = train.coupled_pair
-    monkeypatch.setattr(train, 'coupled_pair', lambda x0, *gammas: seen.append((gammas[:2], pair(x0, *gammas))) or seen[-1][1])
-    monkeypatch.setattr(train, 'dcd_round_iters', 10)
+    change(monkeypatch, objective='dcd', dcd_rounds=5, max_iters=50)
+    loss_fn = train.loss_of('dcd', 30)
     for step, delta in ((0, 1 / 512), (9, 1 / 512), (10, 2 / 512), (49, 16 / 512)):
-        loss = train.distillation_loss(student, teacher, x0, u, step, 30)
-        (gamma_t, gamma_s), (zt, zs) = seen[-1]
-        assert (gamma_t - gamma_s - 3 * delta).abs().max() < 1e-12 and gamma_t.max() <= -1
-        sigma = [-transform(g, 30)[0].log().float() for g in (gamma_t, gamma_s)]
-        p, q = student(zt, sigma[0]).softmax(-1), teacher(zs, sigma[1]).softmax(-1)
+        torch.manual_seed(step)
+        loss = train.training_loss(student, x0, u, step, 30, loss_fn, teacher)
+        torch.manual_seed(step)
+        zt, zs, sigma_t, sigma_s = consistency_pair(x0, u, delta, 30)
+        p, q = student(zt, sigma_t).softmax(-1), teacher(zs, sigma_s).softmax(-1)
         exact = (p * (p / q).log()).sum(-1).mean()
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
         ours = torch.autograd.grad(loss, list(student.parameters()))
         for a, b in zip(ours, torch.autograd.grad(exact, list(student.parameters()))):
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
     assert all(p.grad is None for p in teacher.parameters())
-    monkeypatch.setattr(train, 'coupled_pair', lambda x0, gamma_t, gamma_s, K: (x0, x0))
-    monkeypatch.setattr(train, 'transform', lambda gamma, K: transform(torch.full_like(gamma, -2.0), K))
-    assert train.distillation_loss(student, student, x0, u, 0, 30).abs() < 1e-6
+    change(monkeypatch, dcd_delta=1e-30)                                 # zs is zt
+    assert train.training_loss(student, x0, u, 0, 30, loss_fn, student).abs() < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# functions
+
+def test_schedules(monkeypatch):
+    change(monkeypatch, warmup_iters=9, max_iters=100, cooldown_frac=0.2, ema_decay=0.999,
+           curriculum_frac=0.3, objective='duo')
+    shares = [train.lr_share(i) for i in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9:81] == [1.0] * 72
+    assert shares[90] == pytest.approx(0.5)
+    assert shares[99] == pytest.approx(1 / 20)
+    assert train.ema_decay_at(0) == 0.1 and train.ema_decay_at(10 ** 6) == 0.999
+    assert [train.in_curriculum(step) for step in (0, 29, 30)] == [True, True, False]
+    change(monkeypatch, max_iters=1000)                                  # alone scales a run
+    assert [train.in_curriculum(step) for step in (299, 300)] == [True, False]
+    assert train.lr_share(900) == pytest.approx(0.5)
+    change(monkeypatch, objective='mdlm')
+    assert not train.in_curriculum(0)
+
+
+def test_the_ema_remembers_no_gradients():
+    model, ema = random_model(5, n=2)
+    ema.requires_grad_(False)
+    expected = {name: 0.75 * w + 0.25 * model.state_dict()[name].clone()
+                for name, w in ema.state_dict().items()}
+    update_ema(ema, model, 0.75)
+    for name, w in ema.named_parameters():
+        assert torch.allclose(w, expected[name], atol=1e-7) and not w.requires_grad
+
+
+@pytest.mark.parametrize('bad', [math.inf, math.nan])
+@pytest.mark.parametrize('enabled', [False, True])
+@pytest.mark.parametrize('fused', [False, True])
+def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, fused):
+    """With a GradScaler, which looks at each optimiser by itself, and without."""
+    w, v = torch.ones(3, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizers = [torch.optim.Muon([w]), torch.optim.AdamW([v], fused=fused)]
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0, enabled=enabled)
+    for step, factor in enumerate((1.0, bad, 1.0)):
+        before = [p.detach().clone() for p in (w, v)]
+        states = [str(optimizer.state) for optimizer in optimizers]
+        scaler.scale((w * factor * torch.eye(3)).sum() + v.square().sum()).backward()
+        finite = train.clip_and_step(optimizers, scaler, [w, v])
+        assert bool(finite) == (step != 1)
+        for p, old, optimizer, state in zip((w, v), before, optimizers, states):
+            assert p.isfinite().all() and p.grad is None
+            assert torch.equal(p, old) == (step == 1)
+            assert (str(optimizer.state) == state) == (step == 1)
+    assert scaler.get_scale() == (2.0 if enabled else 1.0)
+
+
+def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
+    """As tau vanishes the network sees zt itself, and the loss is nelbo with the transformed alpha
+    and its slope."""
+    change(monkeypatch, objective='duo', curriculum_frac=0.5, max_iters=2, tau=1e-9, gamma_min=-3.0,
+           gamma_max=-1.0, curriculum_k=4)
+    torch.manual_seed(0)
+    (model,) = random_model(50)
+    x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
+    torch.manual_seed(5)
+    loss = train.training_loss(model, x0, u, 0, 50, nelbo)
+    gamma = -3.0 + 2.0 * u
+    torch.manual_seed(5)
+    zt = soft_tokens(x0, gamma, 1e-9, 50, 4)[2]
+    alpha = transform(gamma, 50)[0]
+    slope = (transform(gamma + 1e-6, 50)[0] - alpha) / 1e-6 * 2.0
+    exact = nelbo(model(zt, -alpha.log()), zt, x0, alpha, slope).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    discrete = train.training_loss(model, x0, u, 1, 50, nelbo)
+    assert discrete.item() != pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_eight_rows_are_learnt_by_heart(monkeypatch):
-    """Overfitting, and sampling back: who has read eight rows only can write nothing else."""
-    for name, value in dict(curriculum_iters=500, gamma_min=-2.5, gamma_max=-0.5).items():
-        monkeypatch.setattr(train, name, value)
+    """Overfitting, and sampling back: a model of eight rows has nothing else to say."""
+    change(monkeypatch, objective='duo', curriculum_frac=0.5, max_iters=1000, gamma_min=-2.5,
+           gamma_max=-0.5)
     torch.manual_seed(0)
     rows = torch.randint(32, (8, 12))
     model = DiT(DiTConfig(32, 12, 2, 2, 64, 32, 0.0))
@@ -191,12 +462,13 @@ def test_eight_rows_are_learnt_by_heart(monkeypatch):
     for step in range(1000):
         optimizer.param_groups[0]['lr'] = 5e-3 * min(1, (1000 - step) / 600)
         u = stratified_times(torch.rand(()).item(), 0, 64, 64)
-        loss = train.training_loss(model, rows.repeat(8, 1), u, step, 32)
+        loss = train.training_loss(model, rows.repeat(8, 1), u, step, 32, nelbo)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < 0.45                     # of 3.5 for a guess; which row it is costs ln(8)/12 = 0.17
-    *_, x = denoise(model.eval(), torch.randint(32, (64, 12)), *sampling_schedule(32))
+    assert sum(losses[-50:]) / 50 < 0.45     # 3.5 is a guess; which row it is costs ln(8)/12 = 0.17
+    loaded = Loaded(model.eval(), None, dict(objective='duo', data=dict(vocab_size=32)))
+    *_, x = denoise(loaded, torch.randint(32, (64, 12)), steps=32)
     assert (x[:, None] == rows).all(-1).any(-1).float().mean() > 0.9
