@@ -17,7 +17,7 @@ import time
 import torch
 
 import train
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
 from diffusion import stratified_times
@@ -156,7 +156,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

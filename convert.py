@@ -13,14 +13,13 @@ refused.
 """
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model, make_folder,
                         read_config, read_torch, read_weights, write_model)
-from configurator import UserError
+from configurator import UserError, run
 from model import DiTConfig
 
 # What their config.json calls the fields of DiTConfig.
@@ -179,7 +178,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

@@ -14,7 +14,6 @@ line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot
 """
 import json
 import math
-import sys
 import time
 from itertools import groupby
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, read_config
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
@@ -212,7 +211,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

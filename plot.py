@@ -8,12 +8,11 @@ Pictures of runs:
 """
 import argparse
 import json
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, run
 
 STYLE = {
     'backend': 'agg',                    # writes files, needs no display
@@ -116,7 +115,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)
