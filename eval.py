@@ -131,7 +131,7 @@ def hub_judge(name, tokenizer, eos_id, device):
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f'--gen_ppl={name}: no run here, and transformers cannot load it ({error})')
     judge.to(device).requires_grad_(False)
-    window = judge.config.max_position_embeddings
+    window = getattr(judge.config, 'max_position_embeddings', 1024)
 
     def score(rows):
         for row in rows:
