@@ -15,6 +15,7 @@ or .parquet. Of a folder, every .txt, .md and record file is taken, at any depth
 import fnmatch
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -185,25 +186,32 @@ def read_text(path):
     return text.replace('\r\n', '\n')
 
 
+def read_rows(path):
+    """Yield the records of a .jsonl file, compressed or not, or of a .parquet file."""
+    import datasets
+    import pyarrow
+    if path.endswith('.parquet'):
+        yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',
+                                         streaming=True)
+    else:   # the 'json' loader takes a date for no text, and refuses a field that appears late
+        with pyarrow.input_stream(path) as file:
+            for line in io.TextIOWrapper(file, encoding='utf-8'):
+                if line.strip():
+                    yield json.loads(line)
+
+
 def read_file(path, key):
     """Yield the texts of a file: of a record file, what stands under a key or in a column."""
     if not path.endswith(RECORDS):
         yield read_text(path)
         return
-    from datasets import load_dataset
-    # .jsonl is read as lines: the 'json' loader takes a text that looks like a date for one, and
-    # refuses a field that first appears late in a file
-    kind = 'parquet' if path.endswith('.parquet') else 'text'
     number = 0
     try:
-        for row in load_dataset(kind, data_files=glob.escape(path), split='train', streaming=True):
+        for row in read_rows(path):
             number += 1
-            if kind == 'text':
-                row = json.loads(row['text'] or '{}')
-            if row:
-                yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
-        raise UserError(f'{path}: no text under {key!r} (--text_key) in record {number}: '
+            yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f'{path}: no text under {key!r} (--text_key) after record {number}: '
                         f'{error!r:.200}')
 
 
@@ -375,6 +383,7 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
 def pieces(documents, length):
     """Rows for `datasets`: text, ends (the document?), val. A document longer than that is cut
     between lines, where no tokenizer joins anything."""
+    ends = False
     for val, text in documents:
         start, ends = 0, False
         while not ends:
@@ -383,6 +392,8 @@ def pieces(documents, length):
             end = len(text) if ends else safe.start()
             yield dict(text=text[start:end], ends=ends, val=val)
             start = end
+    if not ends:
+        raise UserError('there are no documents in it')
 
 
 def encode_batch(rows, encode, detokeniser, meta):

@@ -1,12 +1,13 @@
-"""Token files: prepare.py through its command line, and data.py on what it wrote."""
+"""Token files: what prepare.py makes of texts, and data.py on what it wrote."""
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -14,55 +15,79 @@ import numpy as np
 import pytest
 
 import prepare
-from data import epoch_rows, get_rows, load_data, load_tokenizer, num_rows, same_tokenizer
+from configurator import UserError
+from data import (Tokenizer, check_tokens, epoch_rows, fingerprint, get_rows, load_data,
+                  load_tokenizer, num_rows, same_tokenizer)
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT.parent / 'shared' / 'tokenizers' / 'tiktoken_cache'
-HARD = ('naïve café — 日本語 🙂🏽\n\n\n  def f(x):\n\treturn "x"  \n\x85\u2028é\x1c\nend\n  \n\nok\r\n'
-        ' <|endoftext|>\nok\n')
+BPE_FILE = '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'  # tiktoken's name for GPT-2's vocab.bpe
+CACHES = [os.environ.get('TIKTOKEN_CACHE_DIR', ''),
+          ROOT.parent / 'shared/tokenizers/tiktoken_cache']
+CACHE = next((Path(cache) for cache in CACHES if Path(cache, BPE_FILE).exists()), None)
+needs_gpt2 = pytest.mark.skipif(CACHE is None, reason="needs GPT-2's BPE files: TIKTOKEN_CACHE_DIR "
+                                'names no folder that has them')
+HARD = ('naïve café — 日本語 🙂🏽\n\n\n  def f(x):\n\treturn "x"  \n\x85\u2028é\x1c\nend\n  \n\n'
+        'ok\r\n <|endoftext|>\nok\n')
 
 
-def run(*args, cwd, **env):
-    return subprocess.run([sys.executable, str(ROOT / 'prepare.py'), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, **env})
+def ok(*args, cwd):
+    """prepare.py with these arguments, in this process: another one takes a second to start."""
+    here, arguments = os.getcwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = ['prepare.py', *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            prepare.main()
+    finally:
+        os.chdir(here)
+        sys.argv = arguments
+    assert len(out.getvalue().splitlines()) == 1
+    return out.getvalue()
 
 
-def ok(*args, cwd, **env):
-    done = run(*args, cwd=cwd, **env)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    return done.stdout
+def command(*args, cwd, **env):
+    """prepare.py in a process of its own."""
+    return subprocess.run([sys.executable, ROOT / 'prepare.py', *map(str, args)], cwd=cwd,
+                          text=True, capture_output=True, env=os.environ | env)
 
 
 def one_line(text, says):
     assert len(text.splitlines()) == 1 and 'Traceback' not in text and says in text, text
 
 
-def fails(says, *args, cwd, **env):
-    done = run(*args, cwd=cwd, **env)
-    assert done.returncode != 0 and not done.stdout
+def command_fails(says, *args, cwd, **env):
+    done = command(*args, cwd=cwd, **env)
+    assert done.returncode == 1 and not done.stdout
     one_line(done.stderr, says)
 
 
 def stops(says, function, *args, **more):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises((UserError, OSError)) as stop:
         function(*args, **more)
     one_line(str(stop.value), says)
+
+
+def fails(says, *args, cwd):
+    stops(says, ok, *args, cwd=cwd)
 
 
 def play(words=60_000):
     """Speeches like Tiny Shakespeare's: who, some lines, an empty line."""
     rng, speeches = random.Random(0), []
-    lexicon = [''.join(rng.choices('abcdefghiklmnoprstuwy', k=rng.randint(1, 8))) for _ in range(3000)]
+    letters = 'abcdefghiklmnoprstuwy'
+    lexicon = [''.join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(3000)]
     while words > 0:
-        lines = [' '.join(rng.choices(lexicon, weights=range(3000, 0, -1), k=7)) for _ in range(rng.randint(1, 6))]
-        speeches.append(rng.choice(['ROMEO', 'JULIET', 'First Citizen']) + ':\n' + ',\n'.join(lines) + '.\n')
+        lines = [' '.join(rng.choices(lexicon, weights=range(3000, 0, -1), k=7))
+                 for _ in range(rng.randint(1, 6))]
+        who = rng.choice(['ROMEO', 'JULIET', 'First Citizen'])
+        speeches.append(f'{who}:\n' + ',\n'.join(lines) + '.\n')
         words -= 7 * len(lines)
     return '\n'.join(speeches)
 
 
 def everything(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in Path(folder).rglob('*') if path.is_file()}
 
 
 def documents(folder, split):
@@ -76,7 +101,8 @@ def documents(folder, split):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    """A folder with what many tests look at, prepared once: data/play (bpe), data/play_bytes, data/stdlib (bytes)."""
+    """A folder with what many tests look at, prepared once: data/play (bpe), data/play_bytes,
+    data/stdlib (bytes)."""
     home = tmp_path_factory.mktemp('home')
     (home / 'play.txt').write_text(play(), encoding='utf-8')
     ok('play.txt', cwd=home)
@@ -87,9 +113,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def notes(tmp_path):
-    """Five texts in a folder, beside things that are not mine to read."""
-    for name, text in (('a.txt', 'first'), ('b.md', 'second\n'), ('deep/c.txt', '\ufeffthird\r\nline\r\n'),
-                       ('deep/d.TXT', 'fourth'), ('e.txt', 'fifth'),
+    """Five texts in a folder, beside things that are not to be read."""
+    for name, text in (('a.txt', 'first'), ('b.md', 'second\n'),
+                       ('deep/c.txt', '\ufeffthird\r\nline\r\n'),
+                       ('deep/d.txt', 'fourth'), ('e.txt', 'fifth'),
                        ('blank.txt', ' \n'), ('x.rst', 'no'), ('.git/f.txt', 'no'), ('._a.txt', '\0')):
         path = tmp_path / 'notes' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +124,7 @@ def notes(tmp_path):
     return tmp_path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what prepare.py writes
 
 @pytest.mark.parametrize('name', ['play', 'play_bytes', 'stdlib'])
@@ -105,43 +132,49 @@ def test_meta_says_what_is_there(home, name):
     folder = home / 'data' / name
     meta, data = load_data(folder)
     bpe = name == 'play'
-    assert set(os.listdir(folder)) == {'train.bin', 'val.bin', 'meta.json'} | ({'tokenizer.json'} if bpe else set())
-    assert (meta['name'], meta['tokenizer'], meta['dtype']) == (name, 'bpe' if bpe else 'bytes', 'uint16')
+    files = {'train.bin', 'val.bin', 'meta.json'}
+    assert set(os.listdir(folder)) == files | ({'tokenizer.json'} if bpe else set())
+    assert (meta['name'], meta['dtype']) == (name, 'uint16')
+    assert meta['tokenizer'] == ('bpe' if bpe else 'bytes')
     assert (meta['bos_id'], meta['eos_id'], meta['pad_id']) == (0, 0, None)
-    assert meta['checksum'] == hashlib.sha256(b''.join((folder / f'{s}.bin').read_bytes() for s in data)).hexdigest()
     for split, (tokens, starts) in data.items():
-        assert starts is None and tokens.dtype == np.uint16 and len(tokens) == meta[f'{split}_tokens'] > 0
+        assert starts is None and tokens.dtype == np.uint16
+        assert len(tokens) == meta[f'{split}_tokens'] > 0
         assert tokens.max() < meta['vocab_size']
         texts = documents(folder, split)
+        assert meta[f'{split}_documents'] == len(texts)
         assert meta[f'{split}_bytes'] == sum(len(text.encode()) + 1 for text in texts)
         if not bpe:
             assert meta[f'{split}_bytes'] == meta[f'{split}_tokens'] and meta['vocab_size'] == 256
     if bpe:
         raw = (folder / 'tokenizer.json').read_bytes()
         assert meta['tokenizer_sha256'] == hashlib.sha256(raw).hexdigest()
-        assert 512 < meta['vocab_size'] < 4096  # play.txt is too small for 4096, by the rule in prepare()
-        assert meta['vocab_size'] == len(documents(folder, 'train')[0]) // 256 == len(json.loads(raw)['model']['vocab'])
+        assert 512 < meta['vocab_size'] < 4096  # play.txt is too small for 4096
+        assert meta['vocab_size'] == len(documents(folder, 'train')[0]) // 256
+        assert meta['vocab_size'] == len(json.loads(raw)['model']['vocab'])
         assert meta['train_bytes'] / meta['train_tokens'] > 2  # it did learn
 
 
 def test_stdlib_is_split_by_file(home):
-    root = Path(sysconfig.get_paths()['stdlib'])
+    root = Path(os.__file__).parent
     train, val = (set(documents(home / 'data/stdlib', split)) for split in ('train', 'val'))
     meta, _ = load_data(home / 'data/stdlib')
-    assert meta['documents'] >= len(train) + len(val) > 300 and not train & val
+    assert meta['train_documents'] >= len(train) > 300 and not train & val
     assert 4e6 < meta['train_bytes'] < 3e7 and 0.02 < meta['val_bytes'] / meta['train_bytes'] < 0.1
     read = lambda name: (root / name).read_text(encoding='utf-8')
-    for name in ('argparse.py', 'json/decoder.py', 'asyncio/base_events.py', 'wave.py', 'turtle.py', 'zipapp.py'):
+    for name in ('argparse.py', 'json/decoder.py', 'asyncio/base_events.py', 'wave.py', 'turtle.py',
+                 'zipapp.py'):
         held = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < 0.05
         assert read(name) in (val if held else train)
     left_out = ['encodings/cp437.py', 'pydoc_data/topics.py', 'html/entities.py', 'stringprep.py']
-    left_out += ['test/test_bool.py'] if (root / 'test/test_bool.py').exists() else []  # Debian has no tests
+    left_out += ['test/test_bool.py'] if (root / 'test/test_bool.py').exists() else []  # not Debian
     assert not {read(name) for name in left_out} & (train | val)
 
 
 def test_two_runs_write_the_same_bytes(home):
     ok('play.txt', '--data_dir', 'again', cwd=home)
-    ok('stdlib', '--tokenizer', 'bytes', '--data_dir', 'again', cwd=home)
+    done = command('stdlib', '--tokenizer=bytes', '--data_dir', 'again', cwd=home)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1
     for name in ('play', 'stdlib'):
         assert everything(home / 'again' / name) == everything(home / 'data' / name)
 
@@ -157,76 +190,81 @@ def test_one_file_is_cut_where_a_paragraph_begins(home):
 def test_one_file_without_paragraphs_or_lines(tmp_path):
     def split(text, val_fraction):
         (tmp_path / 'a').write_text(text)
-        parts = prepare.read_files({'a': str(tmp_path / 'a')}, val_fraction, 'text')()
-        return [''.join(document) for _, document in parts]
+        (_, val), (_, train) = prepare.end_validates(tmp_path / 'a', val_fraction)
+        return [train, val]
     assert split('line\n' * 100, 0.1) == ['line\n' * 90, 'line\n' * 10]
     assert split('字' * 100, 0.25) == ['字' * 75, '字' * 25]
-    assert split('é' * 99, 0.26) == ['é' * 74, 'é' * 25]  # 147 bytes of 198: inside a letter, which stays whole
+    assert split('é' * 99, 0.26) == ['é' * 74, 'é' * 25]  # 147 bytes of 198: inside a letter
     train, val = split('One.\n\n' + 'x\n' * 100, 0.1)  # that paragraph is too far away
     assert train + val == 'One.\n\n' + 'x\n' * 100 and 20 <= len(val) <= 22
 
 
 def test_a_folder_gives_one_document_per_file(notes):
-    said = ok('notes', '--tokenizer', 'bytes', '--val_fraction', '0.3', cwd=notes)
-    assert 'notes' in said and 'documents: 5' in said
+    assert 'notes' in ok('notes', '--tokenizer', 'bytes', '--val_fraction', '0.3', cwd=notes)
     train, val = (documents(notes / 'data/notes', split) for split in ('train', 'val'))
-    names = {'a.txt': 'first', 'b.md': 'second\n', 'deep/c.txt': 'third\nline\n', 'deep/d.TXT': 'fourth',
-             'e.txt': 'fifth'}
+    names = {'a.txt': 'first', 'b.md': 'second\n', 'deep/c.txt': 'third\nline\n',
+             'deep/d.txt': 'fourth', 'e.txt': 'fifth'}
     held = {n for n in names if int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) / 2**32 < 0.3}
     assert 0 < len(held) < 5  # or this would test nothing
-    assert (train, val) == ([names[n] for n in names if n not in held], [names[n] for n in names if n in held])
+    assert train == [names[n] for n in names if n not in held]
+    assert val == [names[n] for n in names if n in held]
     # The same files named one by one, in another order and from elsewhere, are the same data.
     (notes / 'else').mkdir()
-    ok(*(f'../notes/{n}' for n in reversed(names)), '--name', 'notes', '--tokenizer', 'bytes', '--val_fraction', '0.3',
-       cwd=notes / 'else')
-    assert everything(notes / 'else/data/notes') == everything(notes / 'data/notes')
+    ok(*(f'../notes/{n}' for n in reversed(names)), '--name', 'notes', '--tokenizer', 'bytes',
+       '--val_fraction', '0.3', cwd=notes / 'else')
+    one, other = everything(notes / 'else/data/notes'), everything(notes / 'data/notes')
+    for meta in (one.pop('meta.json'), other.pop('meta.json')):
+        assert json.loads(meta)['name'] == 'notes'  # it says also which path was named
+    assert one == other
 
 
-@pytest.mark.parametrize('val_fraction', [1e-6, 0.5, 1 - 1e-6])
+def held_out(folder, names, val_fraction):
+    """The names of the texts that validate; each text is its name."""
+    for name in names:
+        (folder / name).write_text(name)
+    split = prepare.split_files({name: str(folder / name) for name in names}, val_fraction, 'text')
+    return {text for val, text in split if val}
+
+
 @pytest.mark.parametrize('n', [2, 3, 20])
-def test_neither_split_is_empty(n, val_fraction):
+def test_neither_split_is_empty(tmp_path, n):
     names = [f'{i}.txt' for i in range(n)]
-    val = prepare.held_out(names, val_fraction)
-    train = set(names) - val
-    assert train and val and val < set(names) and val == prepare.held_out(names[::-1], val_fraction)
-    if n == 20:
-        assert {1e-6: len(val) == 1, 0.5: 5 < len(val) < 15, 1 - 1e-6: len(train) == 1}[val_fraction]
+    for val_fraction in (1e-6, 0.5, 1 - 1e-6):
+        val = held_out(tmp_path, names, val_fraction)
+        train = set(names) - val
+        assert train and val and val < set(names)
+        assert val == held_out(tmp_path, names[::-1], val_fraction)
+        if n == 20:
+            most = {1e-6: len(val) == 1, 0.5: 5 < len(val) < 15, 1 - 1e-6: len(train) == 1}
+            assert most[val_fraction]
 
 
-def test_a_file_that_comes_moves_no_other():
+def test_a_file_that_comes_moves_no_other(tmp_path):
     names = [f'{i}.txt' for i in range(100)]
-    before, after = prepare.held_out(names, 0.2), prepare.held_out(names + ['new.txt'], 0.2)
+    before = held_out(tmp_path, names, 0.2)
+    after = held_out(tmp_path, names + ['new.txt'], 0.2)
     assert 10 < len(before) < 30 and after - {'new.txt'} == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizers
 
-@pytest.fixture(params=['bytes', 'bpe', 'gpt2'])
-def tokenizer(request, home, monkeypatch):
-    """(meta, Tokenizer), of each kind."""
-    if request.param == 'gpt2':
-        if not CACHE.is_dir():
-            pytest.skip(f'no GPT-2 BPE files in {CACHE}')
+@pytest.mark.parametrize('name', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
+def test_a_tokenizer(home, monkeypatch, name):
+    folder = home / 'data' / {'bytes': 'play_bytes', 'bpe': 'play', 'gpt2': ''}[name]
+    meta = dict(tokenizer='gpt2', vocab_size=50257, bos_id=50256, eos_id=50256)
+    if name == 'gpt2':
         monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
-        meta, folder = dict(tokenizer='gpt2', vocab_size=50257, bos_id=50256, eos_id=50256), home
     else:
-        folder = home / 'data' / {'bytes': 'play_bytes', 'bpe': 'play'}[request.param]
         meta = load_data(folder)[0]
-    return meta, load_tokenizer(meta, folder)
-
-
-def test_round_trip(tokenizer):
-    meta, (encode, decode, array) = tokenizer
+    encode, decode = load_tokenizer(meta, folder)
+    # 1. THERE AND BACK
     for text in (HARD, play(500), '', '\n', 'é' * 3000):
         ids = encode(text)
-        assert type(ids) is list and all(0 <= i < meta['vocab_size'] and i != meta['eos_id'] for i in ids)
-        assert list(array(text)) == ids
+        assert type(ids) is list
+        assert all(0 <= i < meta['vocab_size'] and i != meta['eos_id'] for i in ids)
         assert decode(ids) == text == decode(np.array(ids, dtype=np.uint16))
-
-
-def test_decode_never_fails(tokenizer):
-    meta, (encode, decode, _) = tokenizer
+    # 2. DECODING NEVER FAILS
     assert decode([]) == ''
     for i in range(meta['vocab_size']):
         assert type(decode([i])) is str
@@ -236,11 +274,8 @@ def test_decode_never_fails(tokenizer):
     ids = encode('é')
     if len(ids) > 1:
         assert '\ufffd' in decode(ids[:1])
-    assert meta['tokenizer'] != 'bytes' or decode([0xff, 0x41]) == '\ufffdA'
-
-
-def test_eos_shows_as_an_empty_line(tokenizer):
-    meta, (encode, decode, _) = tokenizer
+    assert name != 'bytes' or decode([0xff, 0x41]) == '\ufffdA'
+    # 3. EOS shows as an empty line
     eos = [meta['eos_id']]
     assert decode(eos) == '\n\n'
     assert decode(encode('one') + eos + encode('two') + eos) == 'one\n\ntwo\n\n'
@@ -275,44 +310,35 @@ def test_bpe_never_sees_the_validation_text(tmp_path):
     ok('text.txt', cwd=tmp_path)
     (train,), (val,) = (documents(tmp_path / 'data/text', split) for split in ('train', 'val'))
     assert 'zyzzyva' in val and 'zyzzyva' not in train
-    words = json.loads((tmp_path / 'data/text/tokenizer.json').read_text())['model']['vocab']
-    assert not any('zyzz' in word for word in words)
-
-
-def test_gpt2(home):
-    if not CACHE.is_dir():
-        pytest.skip(f'no GPT-2 BPE files in {CACHE}')
-    ok('play.txt', '--tokenizer', 'gpt2', '--name', 'gpt2', cwd=home, TIKTOKEN_CACHE_DIR=str(CACHE))
-    meta, data = load_data(home / 'data/gpt2')
-    assert (meta['vocab_size'], meta['bos_id'], meta['eos_id']) == (50257, 50256, 50256)
-    tokens, _ = data['train']
-    assert tokens[-1] == 50256 and tokens.max() == 50256
+    vocabulary = json.loads((tmp_path / 'data/text/tokenizer.json').read_text())['model']['vocab']
+    assert not any('zyzz' in token for token in vocabulary)
 
 
 def test_gpt2_out_of_reach_is_one_line(notes):
     (notes / 'empty').mkdir()
-    dead = {key: 'http://127.0.0.1:9' for key in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy')}
-    fails('TIKTOKEN_CACHE_DIR', 'notes', '--tokenizer', 'gpt2', cwd=notes, TIKTOKEN_CACHE_DIR=str(notes / 'empty'),
-          NO_PROXY='', no_proxy='', **dead)
+    dead = {key: 'http://127.0.0.1:9' for key in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY',
+                                                  'all_proxy')}
+    command_fails('TIKTOKEN_CACHE_DIR', 'notes', '--tokenizer', 'gpt2', cwd=notes, NO_PROXY='',
+                  no_proxy='', TIKTOKEN_CACHE_DIR=str(notes / 'empty'), **dead)
     assert not everything(notes / 'data')
 
 
-def test_tokenizer_errors(tmp_path, monkeypatch):
-    meta = dict(eos_id=0)
-    stops("'words'", load_tokenizer, meta | dict(tokenizer='words'), tmp_path)
-    stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta | dict(tokenizer='bpe'), tmp_path)
+def test_tokenizer_errors(home, tmp_path):
+    meta = dict(eos_id=0, tokenizer='bpe')
+    stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta, tmp_path)
     (tmp_path / 'tokenizer.json').write_text('{"half": ')
-    stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta | dict(tokenizer='bpe'), tmp_path)
-    for name, package in (('bpe', 'tokenizers'), ('gpt2', 'tiktoken')):
-        monkeypatch.setitem(sys.modules, package, None)
-        stops(f'pip install {package}', load_tokenizer, meta | dict(tokenizer=name), tmp_path)
+    stops(f'{tmp_path}/tokenizer.json', load_tokenizer, meta, tmp_path)
+    (tmp_path / 'tokenizer.json').write_bytes((home / 'data/play/tokenizer.json').read_bytes())
+    load_tokenizer(meta, tmp_path)
+    stops('not the one', load_tokenizer, meta | dict(tokenizer_sha256='of another'), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows
 
 def test_golden_rows():
-    tokens, meta = (np.arange(1, 32, dtype=np.uint16), None), dict(bos_id=98, eos_id=99, pad_id=None)
+    tokens = np.arange(1, 32, dtype=np.uint16), None
+    meta = dict(bos_id=98, eos_id=99, pad_id=None)
     assert num_rows(tokens, 16) == 2  # 14 of its own each; 29, 30 and 31 are dropped
     rows = get_rows(tokens, [1, 0, 1], 16, meta)
     assert rows.dtype == np.int64 and rows.tolist() == [
@@ -322,19 +348,23 @@ def test_golden_rows():
 
 
 def test_golden_rows_from_text(tmp_path):
-    for name, text in (('a.txt', 'validates'), ('b.txt', 'the quick'), ('c.txt', 'brown fox jumps over')):
+    for name, text in (('a.txt', 'validates'), ('b.txt', 'the quick'),
+                       ('c.txt', 'brown fox jumps over')):
         (tmp_path / name).write_text(text)
-    ok('a.txt', 'b.txt', 'c.txt', '--tokenizer', 'bytes', cwd=tmp_path)  # sha256('a.txt') is the smallest of the three
+    # of the three, sha256('a.txt') is the smallest
+    ok('a.txt', 'b.txt', 'c.txt', '--tokenizer', 'bytes', cwd=tmp_path)
     meta, data = load_data(tmp_path / 'data/a')
     assert bytes(data['val'][0].astype(np.uint8)) == b'validates\0'
     assert num_rows(data['train'], 16) == 2
     rows = get_rows(data['train'], np.arange(2), 16, meta)
-    assert [bytes(row.astype(np.uint8)) for row in rows] == [b'\0the quick\0brow\0', b'\0n fox jumps ov\0']  # no er\0
+    rows = [bytes(row.astype(np.uint8)) for row in rows]
+    assert rows == [b'\0the quick\0brow\0', b'\0n fox jumps ov\0']  # no er\0
 
 
 def test_same_tokenizer():
     meta = dict(tokenizer='bpe', tokenizer_sha256='a', vocab_size=300)
-    assert same_tokenizer(meta, dict(meta)) and same_tokenizer(meta, meta | dict(tokenizer_sha256=None))
+    assert same_tokenizer(meta, dict(meta))
+    assert same_tokenizer(meta, meta | dict(tokenizer_sha256=None))
     for change in (dict(tokenizer='bert'), dict(tokenizer_sha256='b'), dict(vocab_size=301)):
         assert not same_tokenizer(meta, meta | change)
 
@@ -355,15 +385,16 @@ def test_every_epoch_is_a_permutation():
     assert len({tuple(row) for row in rows.tolist()}) == epochs  # each its own
     assert rows[2].tolist() == np.random.default_rng([3, 2]).permutation(n).tolist()
     assert not np.array_equal(epoch_rows(index[:n], n, seed=4), rows[0])
-    # However it is asked: in pieces that span epochs, out of order, again, or more epochs than are kept.
+    # However it is asked: in pieces that span epochs, out of order, again, more epochs than are kept.
     rows = rows.reshape(-1)
     for size in (1, 10, n, 100):
-        assert np.array_equal(np.concatenate([epoch_rows(index[i:i + size], n, 3) for i in index[::size]]), rows)
+        parts = [epoch_rows(index[i:i + size], n, 3) for i in index[::size]]
+        assert np.array_equal(np.concatenate(parts), rows)
     some = np.random.default_rng(0).permutation(index)
     assert np.array_equal(epoch_rows(some, n, 3), rows[some])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bad input: one line, nothing written, and what was there stays
 
 def test_bad_input(notes):
@@ -374,33 +405,45 @@ def test_bad_input(notes):
     (notes / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
     (notes / 'dot.txt').write_text('.')
     (notes / 'none').mkdir()
-    (notes / 'stdlib').mkdir()
-    (notes / 'stdlib/a.txt').write_text('text')
+    (notes / 'owt').mkdir()
     for says, *args in [
-        ('missing.txt: no such', 'missing.txt'),
-        ('missing.txt: no such', 'notes', 'missing.txt'),
-        ('empty.txt has no text', 'empty.txt'),
-        ('NUL at byte 4', 'binary.txt'),
-        ('not UTF-8 from byte 2', 'latin.txt'),
+        ("No such file or directory: 'missing.txt'", 'missing.txt'),
+        ("No such file or directory: 'missing.txt'", 'notes', 'missing.txt'),
+        ("'*.txt'", '*.txt'),
+        ('no text in empty.txt', 'empty.txt'),
+        ('binary.txt is not text: it holds a NUL', 'binary.txt'),
+        ('latin.txt is not UTF-8 text (byte 2)', 'latin.txt'),
         ('too little text', 'dot.txt'),
-        ('none has no text in it (.txt or .md files)', 'none'),
-        ("'stdlib' will not do", './stdlib'),
-        ("'stdlib' will not do", 'notes', '--name', 'stdlib'),
-        ("'' will not do", 'notes', '--name', ''),
+        ('no text in none', 'none'),
         ("'../up' will not do", 'notes', '--name', '../up'),
-        ('--vocab_size 256', 'notes', '--vocab_size', 256),
-        ('--vocab_size 65536', 'notes', '--vocab_size', 65536),
-        ('--vocab_size is for bpe', 'notes', '--vocab_size', 300, '--tokenizer', 'bytes'),
-        ('--val_fraction 0.0', 'notes', '--val_fraction', 0),
-        ('--val_fraction 1.0', 'notes', '--val_fraction', 1),
-        ('--val_fraction nan', 'notes', '--val_fraction', 'nan'),
+        ("'.up' will not do", 'notes', '--name', '.up'),
+        ('--vocab_size=-1: must be at least 0', 'notes', '--vocab_size', -1),
+        ('--val_fraction=0.0: must be between 0 and 1', 'notes', '--val_fraction', 0),
+        ('--val_fraction=1.0: must be between', 'notes', '--val_fraction', 1),
+        ('--val_fraction', 'notes', '--val_fraction=nan'),
         ('--val_fraction', 'notes', '--val_fraction', 'half'),
         ('--tokenizer', 'notes', '--tokenizer', 'words'),
+        ('--max_docs=-1: must be', 'notes', '--max_docs=-1'),
+        ('--split is not a setting', 'notes', '--split', 'x'),
+        ('--name needs a value', 'notes', '--name'),
         ('dot.txt', 'notes', '--data_dir', 'dot.txt'),
-        ('required', ),
     ]:
         fails(says, *args, cwd=notes)
+    command_fails('--workers=-1: must be', 'notes', '--workers', -1, cwd=notes)
+    command_fails("No such file or directory: 'missing.txt'", 'missing.txt', cwd=notes)
     assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
+
+
+def test_a_text_is_never_run_as_settings(notes):
+    (notes / 'a.py').write_text('open("ran", "w")\n')
+    ok('a.py', '--tokenizer', 'bytes', '--name=first', 'a.py', 'a.py', cwd=notes)
+    assert not (notes / 'ran').exists()
+
+
+def test_help_lists_the_settings_and_the_sets(tmp_path):
+    said = command(cwd=tmp_path).stdout
+    assert all(f'\n{name}: {row[0]} ' in said for name, row in prepare.SETS.items())
+    assert '--val_fraction=0.05 ' in said and said == command('--help', cwd=tmp_path).stdout
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(notes):
@@ -415,36 +458,57 @@ def test_a_new_set_replaces_the_old_one_whole(notes):
     assert (notes / 'data/notes/tokenizer.json').exists()
     ok('notes', '--tokenizer', 'bytes', cwd=notes)
     assert load_data(notes / 'data/notes')[0]['tokenizer'] == 'bytes'
-    assert not (notes / 'data/notes/tokenizer.json').exists() and os.listdir(notes / 'data') == ['notes']
+    assert not (notes / 'data/notes/tokenizer.json').exists()
+    assert os.listdir(notes / 'data') == ['notes']
 
 
-def test_an_interrupt_while_writing_keeps_the_old_set(notes, monkeypatch, capsys):
-    monkeypatch.chdir(notes)
-    prepare.prepare(['notes'], tokenizer='bytes')
-    before, encode, seen = everything('data'), prepare.load_tokenizer(dict(tokenizer='bytes', eos_id=0), '').encode, []
+@pytest.mark.parametrize('problem', [KeyboardInterrupt(), OSError(28, 'No space left on device')])
+def test_what_goes_wrong_while_tokenising_keeps_the_old_set(notes, monkeypatch, problem):
+    ok('notes', '--tokenizer', 'bytes', cwd=notes)
+    before, seen = everything(notes / 'data'), []
 
-    def interrupted(text):
+    def encode(text):
         if len(seen) == 2:
             raise problem
-        seen.extend(path for path in Path('data').glob('*/*/train.bin'))
-        return encode(text)
+        seen.append(text)
+        return list(text.encode())
 
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: prepare.argparse.Namespace(array=interrupted))
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'notes', '--tokenizer', 'bytes'])
-    for problem, says in ((KeyboardInterrupt(), 'stopped'), (OSError(28, 'No space left on device'), 'No space left')):
-        seen.clear()
-        stops(says, prepare.main)
-        assert len(seen) == 2 and everything('data') == before and os.listdir('data') == ['notes']
+    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: Tokenizer(encode, None))
+    with pytest.raises(type(problem)):
+        ok('notes', '--tokenizer', 'bytes', '--workers', 0, cwd=notes)
+    assert len(seen) == 2 and everything(notes / 'data') == before
+    assert os.listdir(notes / 'data') == ['notes']
+
+
+def test_a_kill_between_the_two_renames(notes, monkeypatch):
+    """The older set is out of its place, the new one not yet in it: the next run brings it back,
+    even one that fails."""
+    ok('notes', '--tokenizer', 'bytes', cwd=notes)
+    before, rename = everything(notes / 'data'), Path.rename
+
+    def killed(path, target):
+        if path.name == 'new':
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, 'rename', killed)
+    with pytest.raises(KeyboardInterrupt):
+        ok('notes', '--tokenizer', 'bytes', cwd=notes)
+    monkeypatch.undo()
+    assert os.listdir(notes / 'data') == ['.notes.old']
+    fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
+    assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe to hold prepare.py up')
 def test_ctrl_c_is_one_line(tmp_path):
     os.mkfifo(tmp_path / 'slow.txt')
-    process = subprocess.Popen([sys.executable, str(ROOT / 'prepare.py'), 'slow.txt'], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # a background job would ignore SIGINT
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', 'slow.txt'], cwd=tmp_path,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=listen)
     pipe = None
-    while pipe is None and process.poll() is None:  # until prepare.py has opened it, too, and waits for text
+    while pipe is None and process.poll() is None:  # until prepare.py has opened it and waits
         try:
             pipe = os.open(tmp_path / 'slow.txt', os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -476,8 +540,26 @@ def test_broken_data_sets(home, tmp_path):
     broken('meta.json', **{'meta.json': None})
     broken('Expecting', **{'meta.json': good['meta.json'][:-20]})
     broken('lacks eos_id', **{'meta.json': wrong().replace(b'eos_id', b'eos')})
-    broken('uint8,', **{'meta.json': wrong(dtype='uint8')})
+    broken('bytes has not 300 tokens', **{'meta.json': wrong(vocab_size=300)})
+    broken('bos_id,', **{'meta.json': wrong(bos_id=256)})
+    broken('train_bytes cannot', **{'meta.json': wrong(train_bytes=0)})
     broken('argument', **{'meta.json': b'7'})
-    broken(f'{meta["train_tokens"] - 1} tokens, not {meta["train_tokens"]}', **{'train.bin': good['train.bin'][:-2]})
+    n = meta['train_tokens']
+    broken(f'{n - 1} tokens, not {n}', **{'train.bin': good['train.bin'][:-2]})
     broken('data', **{'train.bin': good['train.bin'][:-1]})  # half a token
-    broken('empty', **{'val.bin': b'', 'meta.json': wrong(val_tokens=0)})
+    broken('empty', **{'val.bin': b''})
+
+
+def test_tokens_that_the_tokenizer_lacks(home):
+    folder = home / 'data/play_bytes'
+    _, data = load_data(folder)
+    check_tokens(data, 256, folder)
+    stops('holds token 122, and the vocabulary has 122', check_tokens, data, 122, folder)
+
+
+def test_fingerprint(home):
+    tokens = np.arange(5000, dtype=np.uint16)
+    of = lambda train, val: fingerprint({'train': (train, None), 'val': (val, None)})
+    prints = [of(tokens, tokens), of(tokens[1:], tokens), of(tokens, tokens[:-1]),
+              of(tokens, tokens + 1), of(tokens, tokens[:0]), of(tokens[:0], tokens)]
+    assert len(set(prints)) == 6 and of(tokens.copy(), tokens.copy()) == prints[0]
