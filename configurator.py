@@ -25,7 +25,7 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit('stopped')
 
 
 def configure(g, checks=(), argv=None):
