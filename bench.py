@@ -17,7 +17,7 @@ import time
 import torch
 
 import train
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
 from diffusion import stratified_times
@@ -33,7 +33,7 @@ CHECKS = train.CHECKS + [
     ('gpus repeats', lambda v: v >= 1, 'at least 1'),
     ('price_per_hour vocab_size', lambda v: v >= 0, 'at least 0'),
 ]
-VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, fineweb_edu=50257,
+VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257,
                    lm1b=30522, lm1b_packed=30522)
 
 # --------------------------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ def peak_memory(device):
 
 def measure(name, fn, device, tokens):
     """Call fn repeatedly; print and return the median ms."""
-    wait = torch.cuda.synchronize if device.startswith('cuda') else int
     times = []
     try:
         for _ in range(1 + repeats):
             began = time.perf_counter()
             fn()
-            wait()
+            if device.startswith('cuda'):
+                torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - began))
     except torch.OutOfMemoryError:
         raise UserError(f'{name}: out of memory. Lower --batch_size, and raise '
@@ -71,13 +71,13 @@ def measure(name, fn, device, tokens):
 
 def find_vocabulary():
     """-> the vocabulary's size, where that is from, and the tokens of an epoch (0: not known)."""
-    folder = os.path.join(train.data_dir, train.dataset)
+    folder = f'{train.data_dir}/{train.dataset}'
     if vocab_size:
         return vocab_size, '--vocab_size', 0
     if os.path.exists(folder):
         meta, data = load_data(folder)
-        rows = num_rows(data['train'], train.block_size)
-        return meta['vocab_size'], folder, rows * train.block_size
+        epoch = num_rows(data['train'], train.block_size) * train.block_size
+        return meta['vocab_size'], folder, epoch
     if train.dataset not in VOCAB_SIZES:
         raise UserError(f'no data set in {folder}: say its vocabulary with --vocab_size=...')
     return VOCAB_SIZES[train.dataset], f'that of {train.dataset}, which is not here', 0
@@ -100,16 +100,15 @@ def plan_run(device, dtype_name, autocast):
     K, source, epoch = find_vocabulary()
     x0, u = random_batch(K, device)
     model = DiT(train.model_config(K)).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).eval()
     teacher = copy.deepcopy(ema) if train.objective == 'dcd' else None
     optimizers = train.build_optimizer(model)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype_name == 'float16')
-    scale = scaler.scale(torch.ones((), device=device))
     loss_fn = train.loss_of(train.objective, K)
     tokens = x0.numel() * train.gradient_accumulation_steps
     print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} '
-          f'{dtype_name}')
-    print(f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
+          f'{dtype_name}\n'
+          f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
           f'{micro_batches:.0f} micro-batches a step on each, each as long as a whole step of one; '
           'not counted: validation, checkpoints, the exchange of gradients between GPUs')
     if train.compile:
@@ -119,20 +118,22 @@ def plan_run(device, dtype_name, autocast):
 
     def micro_batch(step):
         with autocast:
-            loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher, grad_scale=scale)
+            loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher)
         scaler.scale(loss).backward()
         train.clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, 0.999)
 
     share = train.curriculum_frac if train.objective == 'duo' else 0
     ms = 0
-    for name, part, step in [('curriculum', share, 0), ('discrete', 1 - share, train.max_iters - 1)]:
+    for name, part, step in [('curriculum', share, 0),
+                             ('discrete', 1 - share, train.max_iters - 1)]:
         if part:
-            ms += part * micro_batches * measure(name, lambda: micro_batch(step), device, x0.numel())
+            call = lambda: micro_batch(step)
+            ms += part * micro_batches * measure(name, call, device, x0.numel())
     hours = ms * train.max_iters / 3.6e6
     tokens *= train.max_iters
-    print(f'peak memory {peak_memory(device) / 1e9:.2f} GB, {ms:.0f} ms a step. {train.max_iters:,} of '
-          f'them: about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
+    print(f'peak memory {peak_memory(device) / 1e9:.2f} GB, {ms:.0f} ms a step. '
+          f'{train.max_iters:,} of them: about {hours:.3g} hours, {tokens / 1e9:.3g}G tokens')
     if epoch:
         print(f'{tokens / epoch:.3g} epochs of {train.dataset}')
     if price_per_hour:
@@ -140,23 +141,19 @@ def plan_run(device, dtype_name, autocast):
 
 
 def main():
-    settings = configure({**vars(train), **globals()}, CHECKS)
+    settings = configure(vars(train) | globals(), CHECKS)
     globals().update(settings)
     vars(train).update(settings)
     here = pick_device(train.device)
     dtype_name, autocast = pick_dtype(train.dtype, here)
     torch.set_float32_matmul_precision('high')
-    torch.manual_seed(train.seed)
     if plan:
         plan_run(here, dtype_name, autocast)
     else:
-        sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
+        sys.path.append(f'{os.path.dirname(__file__)}/tests')
         from literal import compare
         compare(sys.modules[__name__], here, autocast)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

@@ -69,7 +69,7 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, 'utf-8'))
+    write_whole(path, lambda temporary: temporary.write_text(text, 'utf-8'))
 
 
 def make_folder(folder):
@@ -91,7 +91,7 @@ def has_state(out_dir):
 
 def link(source, path):
     """A second name for a file; a copy where the disk has no hard links."""
-    Path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     try:
         os.link(source, path)
     except OSError:
@@ -110,13 +110,13 @@ def checksum(weights):
 def write_model(folder, weights, info, tokenizer_from):
     """Write what load_model reads: model.safetensors, config.json and, where the folder
     tokenizer_from has one, tokenizer.json. weights: {name: tensor}; info: a JSON-able dict."""
-    tokenizer = Path(f'{tokenizer_from}/tokenizer.json')
-    if tokenizer.exists():
+    tokenizer = f'{tokenizer_from}/tokenizer.json'
+    if os.path.exists(tokenizer):
         write_whole(f'{folder}/tokenizer.json', lambda path: shutil.copyfile(tokenizer, path))
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}
     header = dict(format='pt', weights_sha256=checksum(weights))
     write_whole(f'{folder}/model.safetensors',
-                lambda path: Path(path).write_bytes(tensor_bytes(weights, header)))
+                lambda path: path.write_bytes(tensor_bytes(weights, header)))
     write_text(f'{folder}/config.json', json.dumps(info))
 
 
@@ -151,7 +151,7 @@ def read_torch(path, kinds):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch writes checksums, but does not read them
         if damaged:
-            raise zipfile.BadZipFile(f'{damaged} is damaged')
+            raise ValueError(f'{damaged} is damaged')
         found = torch.load(path, map_location='cpu', weights_only=True)
     except UNREADABLE as error:
         raise UserError(f'{path} cannot be used: {error!r:.200}')
@@ -265,9 +265,9 @@ def set_aside_older_run(out_dir):
 
 def open_log(out_dir, step):
     """log.jsonl, to append to, without the lines of steps that will be repeated."""
-    path = Path(f'{out_dir}/log.jsonl')
+    path = f'{out_dir}/log.jsonl'
     make_folder(out_dir)
-    if path.exists():
+    if os.path.exists(path):
         # The last line may be cut off, by a power cut.
         kept = [s for s in open(path) if s.endswith('}\n') and json.loads(s)['step'] <= step]
         write_text(path, ''.join(kept))
@@ -319,11 +319,11 @@ pipeline_tag: text-generation
         head, line, _ = card.read_text('utf-8').partition(MEASURED)
         if not line:
             return
-    info = read_config(out_dir)
     last = {}  # the newest value of each number in the log
     for line in open(f'{out_dir}/log.jsonl'):
         last |= json.loads(line)
     launch = f'torchrun --nproc_per_node={world}' if world > 1 else 'python'
+    info = read_config(out_dir)
     c = info['model']
     text = f'''{head}{MEASURED}
 

@@ -25,7 +25,7 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit('stopped')
 
 
 def configure(g, checks=(), argv=None):
@@ -134,17 +134,16 @@ def help_text(g, settings):
     """The docstring, then the settings with the headings and comments that the source has."""
     rest = dict(settings)
     out = [inspect.cleandoc(g.get('__doc__') or ''), '']
-    follows = False                                      # is the line before a setting's?
+    shown = False                                        # is the line before?
     for line in linecache.getlines(g.get('__file__', '')):
         name = line.split('=')[0].strip()
+        goes_on = shown and line.strip().startswith('#')
+        shown = name in rest or line.startswith('# --- ') or goes_on
         if name in rest:
             _, mark, comment = line.partition('  #')
             setting = f'--{name}={rest.pop(name)!r}'
-            out.append(f'{setting:<32}{mark}{comment}'.rstrip())
-            follows = True
-        elif line.startswith('# --- ') or follows and line.strip().startswith('#'):
+            line = f'{setting:<32}{mark}{comment}'
+        if shown:
             out.append(line.rstrip())
-        else:
-            follows = False
     out += [f'--{name}={value!r}' for name, value in rest.items()]  # the source is elsewhere
     return '\n'.join(out).strip()

@@ -13,14 +13,13 @@ refused.
 """
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model, make_folder,
                         read_config, read_torch, read_weights, write_model)
-from configurator import UserError
+from configurator import UserError, run
 from model import DiTConfig
 
 # What their config.json calls the fields of DiTConfig.
@@ -82,8 +81,9 @@ def infer_info(config, state, where):
     if 'vocab_embed.embedding' not in state:
         raise UserError(f'{where} holds no DiT: vocab_embed.embedding is missing')
     K, C = state['vocab_embed.embedding'].shape
-    cond_dims = [w.size(1) for name, w in state.items() if name.endswith('adaLN_modulation.weight')]
-    causal = not cond_dims                               # only an autoregressive one has no adaLN
+    adaln = 'output_layer.adaLN_modulation.weight'
+    causal = adaln not in state                          # only an autoregressive one has no adaLN
+    cond_dim = DiTConfig.cond_dim if causal else state[adaln].size(1)
     n_blocks = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
     found = dict(vocab_size=K, n_blocks=n_blocks, hidden_dim=C, causal=causal)
     for name, value in found.items():
@@ -108,12 +108,11 @@ def infer_info(config, state, where):
                 state[name] = w[:n_tokens + mask]
     tokenizer, bos, eos, pad, length = TOKENIZERS.get(
         n_tokens, (f'of {n_tokens} tokens', 0, 0, None, 1024))
-    assumed = dict(n_heads=max(1, C // 64), model_length=length)
+    assumed = dict(n_heads=C // 64 or 1, model_length=length)
     shown = [f'{name} {value}' for name, value in assumed.items() if name not in config]
     print(f'{where}: {objective}, {n_blocks} layers of {C}, tokenizer {tokenizer} ({n_tokens} of '
           f'the {K} tokens); assumed: {", ".join(shown) or "nothing"}')
-    assumed['cond_dim'] = max(cond_dims, default=DiTConfig.cond_dim)
-    config = assumed | config | found | dict(vocab_size=n_tokens + mask)
+    config = {'cond_dim': cond_dim} | assumed | config | found | {'vocab_size': n_tokens + mask}
     return dict(
         objective=objective,
         model={ours: config[theirs] for theirs, ours in AUTHORS.items()},
@@ -158,8 +157,7 @@ def export(where, folder):
     source = info.pop('folder')
     state = {f'backbone.{name}': w for name, w in model.state_dict().items()}
     head_dim = c.n_embd // c.n_head
-    inv_freq = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    state['backbone.rotary_emb.inv_freq'] = inv_freq
+    state['backbone.rotary_emb.inv_freq'] = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
     config = {theirs: getattr(c, ours) for theirs, ours in AUTHORS.items()}
     config.update(model_type=info['objective'], architectures=['DUO'], nanoduo=info)
     write_new(folder, state, config, source)
@@ -180,7 +178,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

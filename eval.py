@@ -14,23 +14,18 @@ line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot
 """
 import json
 import math
-import os
-import sys
 import time
 from itertools import groupby
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from checkpoint import load_model
-from configurator import UserError, configure
+from checkpoint import load_model, read_config
+from configurator import UserError, configure, run
 from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
-from sample import CHECKS as SAMPLE_CHECKS
-from sample import (SAMPLER_OPTIONS, check_options, denoise, describe_sampler, load,
-                    sample_prior)
+from sample import CHECKS, SAMPLER_OPTIONS, denoise, describe_sampler, load, sample_prior
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
 init_from = ''               # instead of out_dir: another folder, or hf:org/name
@@ -53,47 +48,38 @@ seed = 1337
 device = 'auto'
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
 
-CHECKS = SAMPLE_CHECKS + [
+CHECKS = CHECKS + [
     ('draws', lambda v: v >= 1, 'at least 1'),
     ('max_rows', lambda v: v >= 0, 'at least 0'),
     ('split', lambda v: v in ('train', 'val'), "'train' or 'val'"),
 ]
 
 
-def numbers(name, number):
-    """The numbers in a setting such as '8,32,128'; the samplers check them."""
-    try:
-        return [number(part) for part in globals()[name].split(',')]
-    except ValueError:
-        raise UserError(f'--{name}={globals()[name]}: give numbers with commas between, like 8,32')
-
-
-def likelihood(model, info, device, rank, world):
+def likelihood(model, info, rank, world):
     """The figures of the metric on the chosen split, a dict."""
     objective = info['objective']
-    vocab_size = info['data']['vocab_size']
     block_size = info['model']['block_size']
     name = dataset or info['settings'].get('dataset')
     if not name:
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
-    meta, data = load_data(os.path.join(data_dir, name))
+    meta, data = load_data(f'{data_dir}/{name}')
     if not same_tokenizer(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
+    stream = data[split]
     # 1. ROWS, each drawn several times; shuffled, as the times grow with a row's number
-    n_rows = num_rows(data[split], block_size)
-    rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=np.int64)
-    n_draws = 1 if objective == 'ar' else draws            # an exact value has no noise to average
-    n = len(rows) * n_draws
+    n_rows = num_rows(stream, block_size)
+    rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
+    n = len(rows) * draws
     order = np.random.default_rng(seed).permutation(n)
 
     def get_rows(numbers):
-        return get_batch(data[split], rows[order[numbers] % len(rows)], block_size, meta, device)
+        return get_batch(stream, rows[order[numbers] % len(rows)], block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, vocab_size, get_rows, n, batch_size, meta['pad_id'], device,
-                    rank, world)
-    nats = nats[np.argsort(order)].view(n_draws, len(rows)).mean(0)
-    line, figures = likelihood_figures(nats, objective, data[split], rows, block_size, meta, split)
+    nats = evaluate(model, objective, meta['vocab_size'], get_rows, n, batch_size, meta['pad_id'],
+                    device, rank, world)
+    nats = nats[np.argsort(order)].view(draws, -1).mean(0)
+    line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
         print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
@@ -103,38 +89,34 @@ def likelihood(model, info, device, rank, world):
         dataset=name,
         split=split,
         rows=len(rows),
-        draws=n_draws,
+        draws=draws,
         nll=figures['loss'],
         ppl_error=figures['ppl'] * figures['error'],
-        **figures,
-    )
+        **figures)
 
 
 def diversity(rows):
     """Of token rows, averaged: unigram entropy, nats, and the share of 4-grams that stood in the
     same row before."""
-    entropy, repetition = [], []
+    entropy = repetition = 0
     for row in rows:
         p = np.unique(row, return_counts=True)[1] / len(row)
-        entropy.append(-(p * np.log(p)).sum())
+        entropy -= p @ np.log(p)
         grams = list(zip(row, row[1:], row[2:], row[3:]))
-        repetition.append(1 - len(set(grams)) / max(1, len(grams)))
-    return dict(entropy=np.mean(entropy), repetition=np.mean(repetition))
+        repetition += 1 - len(set(grams)) / (len(grams) or 1)
+    return dict(entropy=entropy / len(rows), repetition=repetition / len(rows))
 
 
 def our_judge(folder, info, device):
-    """-> score(rows): the mean nats per token of rows (N,T), by the AR model of a run."""
+    """-> score(rows), which yields the nats of the tokens in rows (N,T) by the AR model of a run,
+    tensor by tensor."""
     judge, about = load_model(folder, device=device)
-    if about['objective'] != 'ar':
-        raise UserError(f'--gen_ppl={folder} holds {about["objective"]}: a judge is autoregressive')
-    if not same_tokenizer(about['data'], info['data']):
-        raise UserError(f'--gen_ppl={folder} has another vocabulary than the model: no fair judge')
+    if about['objective'] != 'ar' or not same_tokenizer(about['data'], info['data']):
+        raise UserError(f'--gen_ppl={folder}: a judge is autoregressive, with the same vocabulary')
 
-    @torch.no_grad()
     def score(rows):
-        batches = torch.tensor(rows, device=device).split(batch_size)
-        losses = [token_nll(judge, x0, None, about['data']['vocab_size'], 'ar') for x0 in batches]
-        return torch.cat(losses).mean(dtype=torch.float64).item()
+        for x0 in torch.tensor(rows, device=device).split(batch_size):
+            yield token_nll(judge, x0, None, None, 'ar')
     return score
 
 
@@ -145,14 +127,13 @@ def hub_judge(name, tokenizer, eos_id, device):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         hub_tokenizer = AutoTokenizer.from_pretrained(name)
-        judge = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        judge = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f'--gen_ppl={name}: no run here, and transformers cannot load it ({error})')
+    judge.to(device).requires_grad_(False)
     window = getattr(judge.config, 'max_position_embeddings', 1024)
 
-    @torch.no_grad()
     def score(rows):
-        losses = []
         for row in rows:
             text = ''
             for is_eos, ids in groupby(row, eos_id.__eq__):
@@ -161,9 +142,9 @@ def hub_judge(name, tokenizer, eos_id, device):
             if text:
                 ids = torch.tensor(hub_tokenizer(text).input_ids[:window], device=device)
                 is_eos = ids == hub_tokenizer.eos_token_id
-                scored = (~is_eos | (is_eos.cumsum(0) == 1))[1:]
-                losses.append(cross_entropy(judge(ids[None]).logits[0, :-1], ids[1:])[scored])
-        return torch.cat(losses).mean(dtype=torch.float64).item()
+                scored = ~is_eos | (is_eos.cumsum(0) == 1)
+                nats = cross_entropy(judge(ids[None]).logits[0, :-1], ids[1:])
+                yield nats[scored[1:]]
     return score
 
 
@@ -171,43 +152,42 @@ def judge_samples(loaded, autocast):
     """Samples by each number of steps at each temperature, and their figures: a list of dicts."""
     info = loaded.info
     T = length or info['model']['block_size']
-    all_steps = [T - 1] if info['objective'] == 'ar' else numbers('steps', int)
+    all_steps = [T - 1] if info['objective'] == 'ar' else steps.split(',')
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
-    trials = [options | dict(steps=n, temperature=t)
-              for n in all_steps for t in numbers('temperature', float)]
-    for trial in trials:
-        check_options(info, trial)
-    if os.path.exists(os.path.join(gen_ppl, 'log.jsonl')):
+    try:
+        trials = [options | {'steps': int(n), 'temperature': float(t)}
+                  for n in all_steps for t in temperature.split(',')]
+    except ValueError:
+        raise UserError(f'--steps={steps} --temperature={temperature}: give numbers with commas '
+                        'between, like 8,32')
+    if 'objective' in read_config(gen_ppl):              # a folder of ours
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
+    folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
     for trial in trials:
         torch.manual_seed(seed)
         began = time.time()
         rows = []
-        for first in range(0, num_samples, batch_size):
-            count = min(batch_size, num_samples - first)
-            xt = sample_prior(info, (count, T), device)
+        for xt in sample_prior(info, (num_samples, T), device).split(batch_size):
             with autocast:
                 for xt in denoise(loaded, xt, **trial):
                     pass
             rows += xt.tolist()
         seconds = time.time() - began
-        name = describe_sampler(trial | dict(temperature=1.0))
         r = trial | diversity(rows) | dict(
             out_dir=out_dir,
             judge=gen_ppl,
-            sampler=name,
-            gen_ppl=math.exp(judge(rows)),
-            samples_per_s=num_samples / seconds,
-        )
+            sampler=describe_sampler(trial | {'temperature': 1.0}),
+            gen_ppl=math.exp(torch.cat(list(judge(rows))).double().mean()),
+            samples_per_s=num_samples / seconds)
         results.append(r)
-        print(f'{name}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
+        print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
               f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
               f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
-    with open(os.path.join(out_dir if os.path.isdir(out_dir) else '', 'gen.jsonl'), 'a') as file:
-        file.writelines(json.dumps(r) + '\n' for r in results)
+        with open(f'{folder}/gen.jsonl', 'a') as file:
+            file.write(json.dumps(r) + '\n')
     return results
 
 
@@ -223,15 +203,12 @@ def main():
         result = judge_samples(load(out_dir, weights, device), autocast)
     else:
         with autocast:
-            result = likelihood(*load_model(out_dir, weights, device), device, rank, world)
+            result = likelihood(*load_model(out_dir, weights, device), rank, world)
     if rank == 0:
         print(json.dumps(result))
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

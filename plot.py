@@ -8,28 +8,28 @@ Pictures of runs:
 """
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, run
 
 STYLE = {
+    'backend': 'agg',                    # writes files, needs no display
+    'figure.figsize': (9, 4.5),
     'axes.grid': True,
     'axes.grid.which': 'both',
     'grid.alpha': 0.3,
     'figure.constrained_layout.use': True,
-    'savefig.dpi': 120,
+    'savefig.dpi': 120
 }
 
 
 def read_records(out_dir, name, advice):
     """The JSON lines of a file."""
-    path = Path(out_dir, name)
+    path = f'{out_dir}/{name}'
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in open(path)]
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read {path} ({error}): {advice}')
 
@@ -39,39 +39,39 @@ def read_run(out_dir):
     records = read_records(out_dir, 'log.jsonl', 'name the folder of a run of train.py')
     if not any('val_loss' in r for r in records):
         raise UserError(f'{out_dir} has no validation yet: let it run on')
-    info = json.loads(Path(out_dir, 'config.json').read_text())
+    info = json.load(open(f'{out_dir}/config.json'))
     return info['settings'], records
 
 
 def columns(records, *names):
     """An array of values for each name, of the records that have the last of them."""
-    rows = [[r[name] for name in names] for r in records if names[-1] in r]
-    return np.array(rows, dtype=float).reshape(-1, len(names)).T     # null becomes nan
+    rows = [r for r in records if names[-1] in r]
+    return [np.array([r[name] for r in rows], dtype=float) for name in names]  # null becomes nan
 
 
 def draw_curve(out_dir):
     settings, records = read_run(out_dir)
-    fig, ax = plt.subplots(figsize=(8, 4.5))
+    fig, ax = plt.subplots()
     ax.plot(*columns(records, 'step', 'loss'), label='training loss, raw weights')
     ax.errorbar(*columns(records, 'step', 'val_loss', 'val_error'), marker='o',
                 label='validation: NELBO (AR: NLL), EMA weights')
     if settings['objective'] == 'duo':
         end = settings['curriculum_frac'] * settings['max_iters']
-        ax.axvline(end, label='end of the curriculum', ls='--', color='gray')
+        ax.axvline(end, label='end of the curriculum', color='gray')
     ax.set(xlabel='step', ylabel='nats per token', title=settings['dataset'])
     ax.legend()
-    return fig, Path(out_dir, 'curve.png')
+    return fig, f'{out_dir}/curve.png'
 
 
 def compare(out_dirs):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, sharey=True)
     for out_dir in out_dirs:
         settings, records = read_run(out_dir)
         rows = settings['batch_size'] * settings['gradient_accumulation_steps']
         steps, seconds, ppl = columns(records, 'step', 'seconds', 'val_ppl')
         tokens = steps * rows * settings['block_size']
-        left.plot(tokens / 1e6, ppl, marker='.', label=Path(out_dir).name)
-        right.plot(seconds / 60, ppl, marker='.')
+        left.plot(tokens / 1e6, ppl, '.-', label=out_dir)
+        right.plot(seconds / 60, ppl, '.-')
     left.set(xlabel='million tokens', ylabel='validation perplexity', yscale='log')
     right.set(xlabel='minutes')
     left.legend()
@@ -79,7 +79,7 @@ def compare(out_dirs):
 
 
 def draw_gen(out_dirs):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, sharey=True)
     for out_dir in out_dirs:
         curves = {}
         for r in read_records(out_dir, 'gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
@@ -87,11 +87,11 @@ def draw_gen(out_dirs):
             points[r['steps'], r['temperature']] = r     # of equal settings the newest counts
         for sampler, points in curves.items():
             by_steps = [points[key] for key in sorted(points) if key[1] == 1]
-            left.plot(*columns(by_steps, 'steps', 'gen_ppl'), marker='o',
-                      label=f'{Path(out_dir).name}, {sampler}')
+            left.plot(*columns(by_steps, 'steps', 'gen_ppl'), 'o-',
+                      label=f'{out_dir}, {sampler}')
             right.plot(*columns(points.values(), 'entropy', 'gen_ppl'), 'o')
-    left.set(xlabel='sampling steps (temperature 1)', ylabel='Gen-PPL', yscale='log')
-    left.set_xscale('log', base=2)
+    left.set(xlabel='sampling steps (temperature 1)', ylabel='Gen-PPL', xscale='log',
+             yscale='log')
     right.set(xlabel='unigram entropy of a sample, nats (all temperatures)')
     fig.legend(loc='outside upper center')
     return fig, 'gen.png'
@@ -103,7 +103,6 @@ def main():
     parser.add_argument('runs', nargs='+')
     parser.add_argument('--gen', action='store_true')
     args = parser.parse_args()
-    plt.switch_backend('agg')            # writes files, needs no display
     plt.rcParams.update(STYLE)
     if args.gen:
         fig, path = draw_gen(args.runs)
@@ -116,7 +115,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
+    run(main)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from data import LINE_ENDS, load_tokenizer
 
 name = ''                     # what to call it; '': as the set, or the first file or folder
@@ -544,9 +544,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('stopped: nothing was written')
-    except (UserError, OSError) as error:                   # OSError: no permission, no space, ...
-        sys.exit(str(error))
+    run(main)
