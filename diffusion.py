@@ -21,8 +21,8 @@ from torch.special import log_ndtr, ndtri
 T_MIN = 1e-3                 # training times are drawn from [T_MIN, 1]
 
 
-def float32_at_least(dtype):
-    return torch.promote_types(dtype, torch.float32)
+def float32_at_least(x):
+    return torch.promote_types(x.dtype, torch.float32)
 
 # --------------------------------------------------------------------------------------------------
 # schedules: how much of the clean text is left
@@ -107,8 +107,8 @@ def other_tokens(x0, vocab_size, k):
         for token in taken.unbind(-1):
             r = r + (r >= token)
         chosen.append(r)
-        taken = torch.cat([taken, r.unsqueeze(-1)], dim=-1).sort(dim=-1).values
-    return torch.stack(chosen, dim=-1)
+        taken = torch.cat([taken, r.unsqueeze(-1)], -1).sort().values
+    return torch.stack(chosen, -1)
 
 
 def soft_tokens(x0, gamma, tau, vocab_size, k):
@@ -123,10 +123,10 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
     n_drawn = k - 1
     a, s = gaussian_scales(gamma)                                             # (B,1)
     noise = largest_normals(x0.shape, n_others, n_drawn, x0.device)           # (B,T,k-1)
-    clean = a + s * torch.randn(x0.shape, dtype=torch.float64, device=x0.device)
-    w = torch.cat([clean.unsqueeze(-1), s.unsqueeze(-1) * noise], dim=-1) / tau   # (B,T,k)
-    w, order = w.sort(dim=-1, descending=True)
-    ids = torch.cat([x0.unsqueeze(-1), other_tokens(x0, vocab_size, n_drawn)], dim=-1)
+    clean = a + s * torch.randn_like(x0, dtype=torch.float64)
+    w = torch.cat([clean.unsqueeze(-1), s.unsqueeze(-1) * noise], -1) / tau   # (B,T,k)
+    w, order = w.sort(descending=True)
+    ids = torch.cat([x0.unsqueeze(-1), other_tokens(x0, vocab_size, n_drawn)], -1)
     ids = ids.gather(-1, order)
 
     log_total = w.logsumexp(-1)                                               # (B,T)
@@ -145,7 +145,7 @@ def coupled_pair(x0, gamma_t, gamma_s, vocab_size):
     (Algorithm 1). Of all other tokens only the one with the most noise can win, and it is the same
     at both levels."""
     most_noise = largest_normals(x0.shape, vocab_size - 1, 1, x0.device).squeeze(-1)
-    own_noise = torch.randn(x0.shape, dtype=torch.float64, device=x0.device)
+    own_noise = torch.randn_like(x0, dtype=torch.float64)
     other = other_tokens(x0, vocab_size, 1).squeeze(-1)
 
     def argmax(gamma):
@@ -159,10 +159,9 @@ def consistency_pair(x0, u, delta, vocab_size):
     the same Gaussian path, less noisy by the time delta, for the teacher; then the sigmas (B,1) of
     both. gamma is linear in t, from -4 to -1."""
     t = (T_MIN + (1 - T_MIN) * u + delta).clamp(max=1)                        # (B,1) float64
-    gamma_t, gamma_s = -4 + 3 * t, -4 + 3 * (t - delta)
-    zt, zs = coupled_pair(x0, gamma_t, gamma_s, vocab_size)
-    alpha_t, alpha_s = transform(gamma_t, vocab_size)[0], transform(gamma_s, vocab_size)[0]
-    return zt, zs, -alpha_t.log().float(), -alpha_s.log().float()
+    gammas = -4 + 3 * t, -4 + 3 * (t - delta)
+    sigmas = [-transform(gamma, vocab_size)[0].log().float() for gamma in gammas]
+    return *coupled_pair(x0, *gammas, vocab_size), *sigmas
 
 # --------------------------------------------------------------------------------------------------
 # losses: (logits (...,K), ids and alphas (...)) -> nats (...)
@@ -170,23 +169,24 @@ def consistency_pair(x0, u, delta, vocab_size):
 def nelbo(logits, xt, x0, alpha, dalpha):
     """Duo's Rao-Blackwellised NELBO, nats per token (eq. 17), which validation and eval.py report.
     logits (...,K); xt, x0 (...) ids; alpha, dalpha (...), 0 < alpha < 1."""
-    return nelbo_terms(logits, xt, x0, alpha, dalpha)[0]
+    return nelbo_and_grad(logits, xt, x0, alpha, dalpha)[0]
 
 
-def nelbo_terms(logits, xt, x0, alpha, dalpha):
-    """nelbo, and of its terms those that its gradient needs too.
+def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
+    """nelbo (...) and, with a scale (...), scale times its gradient by the logits (...,K) in closed
+    form: the same numbers as autograd's, in fewer passes over K.
 
     The bound sums, over the tokens j that xt might come from, w_j (u_j - 1 - log u_j): w_j is the
     true rate, u_j the model's rate over the true one. It is the paper's in another order: no term
     is negative, so nothing cancels.
     """
     K = logits.size(-1)
-    p = logits.softmax(-1, dtype=float32_at_least(logits.dtype))
+    p = logits.softmax(-1, dtype=float32_at_least(logits))
     low = 1 - alpha                      # in alpha's own precision: near alpha = 1 digits would go
     high = K * alpha + low               # K q(xt|x0) is high where xt is x0, else low
-    alpha, dalpha, low, high, ratio, xt, x0 = (
-        v.unsqueeze(-1) for v in (alpha, dalpha, low, high, low / high, xt, x0))     # (...,1)
-    alpha, dalpha, low, high, ratio = (v.to(p.dtype) for v in (alpha, dalpha, low, high, ratio))
+    alpha, dalpha, low, high, ratio = (
+        v.unsqueeze(-1).to(p.dtype) for v in (alpha, dalpha, low, high, low / high))  # (...,1)
+    xt, x0 = xt.unsqueeze(-1), x0.unsqueeze(-1)                      # all (...,1)
     K_alpha, same = K * alpha, xt == x0
     p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
     rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
@@ -201,28 +201,22 @@ def nelbo_terms(logits, xt, x0, alpha, dalpha):
     u = ratio * rate_0 / rate_t
     clean = torch.where(same, 0, (u - 1 - torch.log(u)) / ratio)
     loss = (-dalpha / K_alpha * (others + clean)).squeeze(-1)
-    return loss, p, excess, p_t, p_0, rate_t, rate_0, low, high, ratio, K_alpha
+    if scale is None:
+        return loss, None
 
-
-def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale):
-    """nelbo (...), and scale (...) times its gradient by the logits (...,K) in closed form: the
-    same numbers as autograd's, in fewer passes over K."""
-    loss, p, excess, p_t, p_0, rate_t, rate_0, low, high, ratio, K_alpha = nelbo_terms(
-        logits, xt, x0, alpha, dalpha)
-    xt, x0 = xt.unsqueeze(-1), x0.unsqueeze(-1)
     # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
     share = torch.div(p, excess.add_(1), out=excess)
     share.scatter_(-1, x0, p_0 * rate_t / (ratio * rate_0))
-    at_t = torch.where(xt == x0, (1 - p_t) / high, -p_t / low)
-    share.scatter_(-1, xt, p_t + p_t * logits.size(-1) * K_alpha / rate_t * at_t)
+    at_t = torch.where(same, (1 - p_t) / high, -p_t / low)
+    share.scatter_(-1, xt, p_t + p_t * K * K_alpha / rate_t * at_t)
     grad = torch.addcmul(share, p, -share.sum(-1, keepdim=True))
-    grad.mul_(dalpha.to(p.dtype).unsqueeze(-1) / rate_t * scale.unsqueeze(-1))
+    grad.mul_(dalpha / rate_t * scale.unsqueeze(-1))
     return loss, grad.to(logits.dtype)
 
 
 def cross_entropy(logits, targets):
     """-log softmax(logits (...,K))[targets (...)]: the loss of an autoregressive model."""
-    log_p = logits.log_softmax(-1, dtype=float32_at_least(logits.dtype))
+    log_p = logits.log_softmax(-1, dtype=float32_at_least(logits))
     return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
@@ -238,7 +232,7 @@ def teacher_kl(logits, h, weight, bias):
     """KL(student || teacher), nats per token (eq. 23; the direction of the published code). logits
     (...,K) are the student's; the teacher's are made here, from its trunk's output h (...,C) and
     its head, so that they need not be kept."""
-    log_p = logits.log_softmax(-1, dtype=float32_at_least(logits.dtype))
+    log_p = logits.log_softmax(-1, dtype=float32_at_least(logits))
     teacher = F.linear(h.to(logits.dtype), weight.to(logits.dtype), bias.to(logits.dtype))
     log_q = teacher.log_softmax(-1, dtype=log_p.dtype)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -304,8 +298,7 @@ class HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         g = grad / ctx.grad_scale
-        dh, dw, db = ctx.saved_tensors
-        return dh * g, dw * g, db * g, *ctx.no_grads
+        return *(v * g for v in ctx.saved_tensors), *ctx.no_grads
 
 
 def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
@@ -316,12 +309,10 @@ def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
     tokens' weights, 0 leaves one out. grad_scale: a GradScaler's scale, a tensor: half-precision
     gradients are made at that scale and do not vanish.
     """
-    h, *args = flatten_tokens(h, *args)
     if mask is None:
-        weights = torch.ones_like(h[:, 0])
-    else:
-        weights = mask.flatten()
-    weights = weights.to(float32_at_least(h.dtype))
+        mask = torch.ones_like(h[..., 0])
+    h, weights, *args = flatten_tokens(h, mask, *args)
+    weights = weights.to(float32_at_least(h))
     weights = weights / weights.sum().clamp(min=1e-9)
     return HeadLoss.apply(h, weight, bias, loss_fn, weights, grad_scale, *args)
 
@@ -370,8 +361,8 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
         t = stratified_times(0.5, first, count, n, device=device)
         nats = token_nll(model, x0, t, vocab_size, objective)
         scored = (x0 != (-1 if pad_id is None else pad_id))[:, -nats.size(1):]
-        sums = torch.stack([(nats * scored).sum(-1), scored.sum(-1)])
-        result[:, first:first + count] = sums.to(result)
+        sums = (nats * scored).sum(-1), scored.sum(-1)
+        result[:, first:first + count] = torch.stack(sums)
     if world > 1:
         torch.distributed.all_reduce(result)
     nats, scored = result.cpu()
@@ -379,7 +370,7 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
     return mean + (nats - mean * scored) / scored.mean()
 
 # --------------------------------------------------------------------------------------------------
-# reverse steps: from a noise level to a lower one
+# reverse steps: from a noise level to a lower one; logits are float32, or wider
 
 def posterior(probs, xt, alpha_s, alpha_t):
     """q(xs|xt, x0 ~ probs) (B,T,K), the whole reverse distribution (eq. 5); probs (B,T,K), alphas
@@ -403,8 +394,8 @@ def categorical(p):
 
     def draw(weights):
         cdf = weights.double().cumsum(-1)
-        u = torch.rand(cdf.shape[:-1], dtype=torch.float64, device=cdf.device)
-        return (cdf <= u.unsqueeze(-1) * cdf[..., -1:]).sum(-1)
+        total = cdf[..., -1:]                                                  # (...,1)
+        return (cdf <= torch.rand_like(total) * total).sum(-1)
     block = draw(blocks.sum(-1, dtype=torch.float64))                          # (...)
     inside = blocks.take_along_dim(block[..., None, None], -2).squeeze(-2)     # (...,size)
     return block * size + draw(inside)
@@ -419,12 +410,12 @@ def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):
     or any token. alphas are numbers, or float64 (...): their differences are small.
     """
     K = logits.size(-1)
-    p = logits.softmax(-1, dtype=float32_at_least(logits.dtype))
+    p = logits.softmax(-1)
     p_t = K * alpha_t * p.gather(-1, xt.unsqueeze(-1)).squeeze(-1).double()
     total = p_t + 1 - alpha_t
     stay = kappa * (p_t + alpha_t / alpha_s - alpha_t) + (1 - kappa) * alpha_s * p_t
     predicted = kappa * (alpha_s - alpha_t) + (1 - kappa) * alpha_s * (1 - alpha_t)
-    u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) * total
+    u = torch.rand_like(xt, dtype=torch.float64) * total
     uniform = torch.randint_like(xt, K)
     moved = torch.where(u < stay + predicted, categorical(p), uniform)
     return torch.where(u < stay, xt, moved)
@@ -434,7 +425,7 @@ def masked_reverse_step(logits, xt, alpha_s, alpha_t, mask_id):
     """xs (...) of MDLM's ancestral sampler: a mask becomes a token of softmax(logits (...,K)),
     those of the tokens alone, with probability (alpha_s - alpha_t) / (1 - alpha_t); a token stays.
     """
-    u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device)
+    u = torch.rand_like(xt, dtype=torch.float64)
     moves = (xt == mask_id) & (u * (1 - alpha_t) < alpha_s - alpha_t)
     return torch.where(moves, categorical(logits.softmax(-1)), xt)
 
@@ -442,7 +433,7 @@ def masked_reverse_step(logits, xt, alpha_s, alpha_t, mask_id):
 def top_p_filter(logits, top_p):
     """Keep the smallest set of tokens whose probability reaches top_p (the nucleus); the others
     get -inf."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    p = ordered.softmax(-1, dtype=float32_at_least(logits.dtype))
+    ordered, order = logits.sort(descending=True)
+    p = ordered.softmax(-1)
     outside = p.cumsum(-1) - p >= top_p
     return logits.scatter(-1, order, ordered.masked_fill(outside, -torch.inf))
