@@ -13,13 +13,13 @@ would take: python bench.py --plan, with the same settings.
 """
 import copy
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -111,11 +111,8 @@ CHECKS = [
 
 def lr_share(step):
     """The share of its learning rate that every parameter group gets."""
-    share = min(1.0, (step + 1) / (warmup_iters + 1))
-    cooldown_iters = round(cooldown_frac * max_iters)
-    if cooldown_iters:
-        share = min(share, (max_iters - step) / cooldown_iters)
-    return share
+    cooldown_iters = max(1, round(cooldown_frac * max_iters))
+    return min(1.0, (step + 1) / (warmup_iters + 1), (max_iters - step) / cooldown_iters)
 
 
 def ema_decay_at(step):
@@ -164,9 +161,10 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         linear = teacher.output_layer.linear
         loss_fn = partial(loss_fn, weight=linear.weight, bias=linear.bias)
     elif in_curriculum(step):
-        gamma = gamma_min + u * (gamma_max - gamma_min)
+        width = gamma_max - gamma_min
+        gamma = gamma_min + u * width
         alpha, dalpha = transform(gamma, vocab_size)
-        dalpha = (dalpha * (gamma_max - gamma_min)).float()                   # d alpha / d u, (B,1)
+        dalpha = (dalpha * width).float()                                     # d alpha / d u, (B,1)
         alpha = alpha.float()
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)  # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
@@ -177,35 +175,6 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
     head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale)
     return model(x, sigma, weights, head=head)
-
-
-def accumulate_gradients(model, teacher, loss_fn, step, data, meta, n_train, scaler, autocast,
-                         device, rank, world):
-    """Backward through this process's share of the step's micro-batches; returns its part of the
-    mean loss. A micro-batch is the unit of randomness: its rows, times, noise and dropout come from
-    (seed, step, m), so a run is the same on any number of processes."""
-    total = torch.zeros((), device=device)
-    n_rows = gradient_accumulation_steps * batch_size
-    offset = np.random.default_rng([seed, step]).random()                # stratifies all times
-    for m in range(rank, gradient_accumulation_steps, world):
-        mixed = np.random.SeedSequence([seed, step, m]).generate_state(1, np.uint64)
-        torch.manual_seed(int(mixed[0]))
-        first = m * batch_size
-        rows = epoch_rows(step * n_rows + first + np.arange(batch_size), n_train, seed)
-        x0 = get_batch(data['train'], rows, block_size, meta, device)
-        u = stratified_times(offset, first, batch_size, n_rows, device=device)
-        # DDP exchanges gradients in the last backward only
-        model.require_backward_grad_sync = m + world >= gradient_accumulation_steps
-        mask, grad_scale = loss_mask(x0, meta['pad_id']), scaler.scale(torch.ones_like(total))
-        with autocast:
-            loss = training_loss(model, x0, u, step, meta['vocab_size'], loss_fn, teacher, mask,
-                                 grad_scale)
-        # a loss that is not finite makes the gradients of every process so
-        fine = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
-        total += loss.detach() / gradient_accumulation_steps
-    return total
-
 
 # --------------------------------------------------------------------------------------------------
 # the model and its optimisers
@@ -220,7 +189,7 @@ def model_config(vocab_size):
 def build_optimizer(model):
     """A list of optimisers, each with its own rates: warm-up, clipping, skipped steps, checkpoints
     and resuming treat all of them alike."""
-    return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=1e-8,
+    return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2),
                               weight_decay=weight_decay, fused=True)]
 
 
@@ -247,12 +216,6 @@ def clip_and_step(optimizers, scaler, params):
     scaler.update()
     return finite
 
-
-def load_optimizer(optimizer, state):
-    """Restore its state, but keep this run's settings: they may have changed."""
-    settings = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict(state | dict(param_groups=settings))
-
 # --------------------------------------------------------------------------------------------------
 # starting
 
@@ -272,8 +235,8 @@ def where_to_start():
 
 def open_data(folder, master):
     """meta and streams, checked; the built-in text is prepared if it is not there."""
-    if master and dataset == 'stdlib' and not os.path.exists(folder):
-        run_script('prepare.py', 'stdlib', '--data_dir', data_dir)
+    if master and dataset == 'stdlib' and not folder.exists():
+        run_script('prepare.py', 'stdlib', f'--data_dir={data_dir}')
     largest_of_ranks(0)                                  # the others wait for the first process
     meta, data = load_data(folder)
     if master:
@@ -286,8 +249,8 @@ def open_data(folder, master):
 def load_weights(source, model, meta):
     """Start from the EMA weights of another run's model."""
     trained, info = load_model(source)
-    config = asdict(trained.config) | {'dropout': dropout}
-    if config != asdict(model.config) or not same_tokenizer(info['data'], meta):
+    config = replace(trained.config, dropout=dropout)
+    if config != model.config or not same_tokenizer(info['data'], meta):
         raise UserError(f'{source} holds another model or tokenizer ({trained.config})')
     model.load_state_dict(trained.state_dict())
 
@@ -297,23 +260,13 @@ def start_wandb(settings):
         import wandb
     except ImportError:
         raise UserError('wandb_log needs a package: pip install wandb')
-    name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
+    name = wandb_run_name or Path(out_dir).resolve().name
     return wandb.init(project=wandb_project, name=name, config=settings)
 
 
 def run_script(script, *arguments):
-    """Start another script of this folder, as a user would; returns its exit status."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    return subprocess.run([sys.executable, path, *arguments]).returncode
-
-
-def catch_signals():
-    """A dict whose 'number' a scheduler's signal, or Ctrl-C, sets: then the step is finished and a
-    checkpoint written."""
-    caught = dict(number=0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: caught.update(number=number))
-    return caught
+    """Start another script of this folder, as a user would."""
+    subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments])
 
 # --------------------------------------------------------------------------------------------------
 
@@ -331,7 +284,7 @@ def main():
                         f'processes) must be a multiple of the number of processes ({world})')
 
     # ---- data
-    folder = os.path.join(data_dir, dataset)
+    folder = Path(data_dir, dataset)
     meta, data = open_data(folder, master)
     vocab_size, token_files = meta['vocab_size'], fingerprint(data)
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
@@ -350,8 +303,8 @@ def main():
     parts = dict(weights=model, ema=ema, scaler=scaler)
     if teacher:
         parts['teacher'] = teacher
-    step, elapsed = 0, 0.0
-    total, good, skipped, in_a_row = (torch.zeros((), device=here) for _ in range(4))
+    step, began = 0, time.time()
+    total, good, skipped, in_a_row = torch.zeros(4, device=here)
 
     # ---- resume
     if start == 'resume':
@@ -363,8 +316,10 @@ def main():
             if state[name]:                              # a GradScaler's may be empty
                 part.load_state_dict(state[name])
         for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
-            load_optimizer(optimizer, saved)
-        step, elapsed = state['step'], state['seconds']
+            groups = optimizer.state_dict()['param_groups']  # this run's: settings may have changed
+            optimizer.load_state_dict(saved | dict(param_groups=groups))
+        step = state['step']
+        began -= state['seconds']
         skipped += state['skipped']
         del state
     if largest_of_ranks(step) != -largest_of_ranks(-step):
@@ -380,7 +335,8 @@ def main():
     train_model = DDP(model) if world > 1 else model
 
     # ---- logs
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    rows_per_step = gradient_accumulation_steps * batch_size
+    tokens_per_step = rows_per_step * block_size
     log_file = wandb_run = None
     if master:
         print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, '
@@ -390,13 +346,15 @@ def main():
             if start != 'resume':
                 set_aside_older_run(out_dir)
             log_file = open_log(out_dir, step)
-            wandb_run = start_wandb(settings) if wandb_log else None
+            if wandb_log:
+                wandb_run = start_wandb(settings)
 
     def log(line, **record):
+        record.update(step=step, seconds=time.time() - began)
         if log_file:
             append_log(log_file, record)
         if wandb_run:
-            wandb_run.log(record, step=record['step'])
+            wandb_run.log(record, step=step)
         if master:
             print(line, flush=True)
 
@@ -410,26 +368,53 @@ def main():
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
         figures = {f'val_{name}': value for name, value in figures.items()}
-        log(f'step {step}: val loss {line}', step=step, **figures, seconds=time.time() - began)
+        log(f'step {step}: val loss {line}', **figures)
         return figures['val_loss']
 
     def write_checkpoint():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
         state = {name: part.state_dict() for name, part in parts.items()} | info
-        state['optimizers'] = [optimizer.state_dict() for optimizer in optimizers]
-        state.update(skipped=int(skipped), fingerprint=token_files, seconds=time.time() - began)
+        state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                     skipped=int(skipped), fingerprint=token_files, seconds=time.time() - began)
         save(out_dir, state, ema, info, folder, keep_last)
 
+    def accumulate_gradients():
+        """Backward through this process's share of the step's micro-batches; returns its part of
+        the mean loss. A micro-batch is the unit of randomness: its rows, times, noise and dropout
+        come from (seed, step, m), so a run is the same on any number of processes."""
+        mean = torch.zeros((), device=here)
+        offset = np.random.default_rng([seed, step]).random()            # stratifies all times
+        for m in range(rank, gradient_accumulation_steps, world):
+            mixed = np.random.SeedSequence([seed, step, m]).generate_state(1, np.uint64)
+            torch.manual_seed(int(mixed[0]))
+            first = m * batch_size
+            index = step * rows_per_step + first + np.arange(batch_size)
+            rows = epoch_rows(index, n_train, seed)
+            x0 = get_batch(data['train'], rows, block_size, meta, here)
+            u = stratified_times(offset, first, batch_size, rows_per_step, device=here)
+            # DDP exchanges gradients in the last backward only
+            train_model.require_backward_grad_sync = m + world >= gradient_accumulation_steps
+            with autocast:
+                loss = training_loss(train_model, x0, u, step, vocab_size, loss_fn, teacher,
+                                     loss_mask(x0, meta['pad_id']),
+                                     scaler.scale(torch.ones_like(mean)))
+            # a loss that is not finite makes the gradients of every process so
+            fine = torch.where(loss.isfinite(), 1.0, torch.nan)
+            scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
+            mean += loss.detach() / gradient_accumulation_steps
+        return mean
+
     # ---- the loop
-    caught = catch_signals()
-    began = time.time() - elapsed
+    caught = [0]         # a scheduler's signals, or Ctrl-C: the step is finished, then saved
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: caught.append(number))
     ticked = saved = time.time()
     first_step = logged_step = step
     val_loss = None
     while True:
         # 1. VALIDATE, SAVE, STOP
-        stopped = largest_of_ranks(caught['number'])
+        stopped = largest_of_ranks(caught[-1])
         done = step >= max_iters
         paused = time.time()
         moved = step > first_step
@@ -447,13 +432,12 @@ def main():
             break
 
         # 2. WHAT CHANGES WITH THE STEP
-        if teacher and (step == 0 or dcd_round(step) > dcd_round(step - 1)):
+        if teacher and dcd_round(step) > dcd_round(step - 1):    # also at step 0
             teacher.load_state_dict((ema if dcd_ema_teacher else model).state_dict())
         set_lr(optimizers, lr_share(step))
 
         # 3. GRADIENTS, STEP, EMA
-        loss = accumulate_gradients(train_model, teacher, loss_fn, step, data, meta, n_train,
-                                    scaler, autocast, here, rank, world)
+        loss = accumulate_gradients()
         finite = clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
@@ -466,7 +450,7 @@ def main():
         if step % log_interval == 0 or step == max_iters:
             if world > 1:
                 dist.all_reduce(total)
-            mean = total.item() / good.item() if good else math.nan
+            mean = (total.double() / good).item()     # nan if no step was good
             if in_a_row > max_bad_steps:
                 raise UserError(
                     f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
@@ -477,9 +461,8 @@ def main():
                     f'{speed * tokens_per_step:,.0f} tokens/s, {minutes_left:.1f} min left')
             if skipped:
                 line += f', {int(skipped)} steps skipped'
-            log(line, step=step, loss=mean, lr=learning_rate * lr_share(step - 1),
-                skipped=int(skipped), tokens_per_s=speed * tokens_per_step,
-                seconds=time.time() - began)
+            log(line, loss=mean, lr=learning_rate * lr_share(step - 1), skipped=int(skipped),
+                tokens_per_s=speed * tokens_per_step)
             ticked, logged_step = time.time(), step
             total.zero_()
             good.zero_()
