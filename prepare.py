@@ -193,7 +193,7 @@ def read_rows(path):
     if path.endswith('.parquet'):
         yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',
                                          streaming=True)
-    else:   # the 'json' loader takes a date for no text, and refuses a field that appears late
+    else:   # the 'json' loader makes dates of texts, and refuses a field that appears late
         with pyarrow.input_stream(path) as file:
             for line in io.TextIOWrapper(file, encoding='utf-8'):
                 if line.strip():
@@ -276,11 +276,8 @@ def hub_texts(repo, revision, pattern, key):
     from huggingface_hub.errors import HTTPError
     try:
         info = HfApi().dataset_info(repo, revision=revision)
-        names = fnmatch.filter(sorted(file.rfilename for file in info.siblings),
-                               pattern or '*train*')
-        if not names:
-            raise UserError(f'{repo} ({revision}) has no file {pattern}')
-        for name in names:
+        names = sorted(file.rfilename for file in info.siblings)
+        for name in fnmatch.filter(names, pattern or '*train*'):
             path = hf_hub_download(repo, name, repo_type='dataset', revision=info.sha)
             yield from read_file(path, key)
     except (OSError, ValueError, HTTPError) as error:       # ValueError: an impossible name
@@ -300,9 +297,8 @@ def read_hub(row, revision, val_fraction, max_docs):
         first = total - min(total // 10, 100_000)
         texts = islice(hub_texts(repo, revision, train, column), max_docs or None)
         for number, text in enumerate(texts):
-            last = val == 'last' and number >= first
             some = val == 'some' and score(str(number)) < val_fraction
-            yield last or some, text
+            yield some or val == 'last' and number >= first, text
 
 # --------------------------------------------------------------------------------------------------
 # tokenizers
@@ -393,7 +389,7 @@ def pieces(documents, length):
             yield dict(text=text[start:end], ends=ends, val=val)
             start = end
     if not ends:
-        raise UserError('there are no documents in it')
+        raise UserError('there is no document: check the path, and the names of the files')
 
 
 def encode_batch(rows, encode, detokeniser, meta):

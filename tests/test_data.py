@@ -117,7 +117,8 @@ def notes(tmp_path):
     for name, text in (('a.txt', 'first'), ('b.md', 'second\n'),
                        ('deep/c.txt', '\ufeffthird\r\nline\r\n'),
                        ('deep/d.txt', 'fourth'), ('e.txt', 'fifth'),
-                       ('blank.txt', ' \n'), ('x.rst', 'no'), ('.git/f.txt', 'no'), ('._a.txt', '\0')):
+                       ('blank.txt', ' \n'), ('x.rst', 'no'), ('.git/f.txt', 'no'),
+                       ('._a.txt', '\0')):
         path = tmp_path / 'notes' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
@@ -385,7 +386,7 @@ def test_every_epoch_is_a_permutation():
     assert len({tuple(row) for row in rows.tolist()}) == epochs  # each its own
     assert rows[2].tolist() == np.random.default_rng([3, 2]).permutation(n).tolist()
     assert not np.array_equal(epoch_rows(index[:n], n, seed=4), rows[0])
-    # However it is asked: in pieces that span epochs, out of order, again, more epochs than are kept.
+    # However it is asked: in pieces that span epochs, out of order, again
     rows = rows.reshape(-1)
     for size in (1, 10, n, 100):
         parts = [epoch_rows(index[i:i + size], n, 3) for i in index[::size]]

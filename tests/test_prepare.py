@@ -229,7 +229,7 @@ def test_a_hub_corpus_of_any_name(tmp_path, hub):
     for part in ('train', 'val'):
         one, other = (tmp_path / 'data' / name / f'{part}.bin' for name in ('mine', 'part'))
         assert one.read_bytes() == other.read_bytes()
-    for says, *args in [('has no file other/*', 'hf:me/mine/other/*'),
+    for says, *args in [('there is no document', 'hf:me/mine/other/*'),
                         ("no text under 'text' (--text_key)", 'hf:me/mine'),
                         ('HF_ENDPOINT', 'hf:me/none'),
                         ('HF_ENDPOINT', 'hf:me/mine', '--revision', 'other')]:
@@ -491,7 +491,7 @@ def test_records_that_are_none(tmp_path):
                        ('json.jsonl', 'after record 1'), ('latin.jsonl', 'UnicodeDecodeError'),
                        ('cut.jsonl.gz', 'cut.jsonl.gz'), ('no.jsonl.zst', 'no.jsonl.zst'),
                        ('no.parquet', 'no.parquet'), ('column.parquet', "KeyError('text')"),
-                       ('null.parquet', 'after record 2'), ('empty.jsonl', 'no documents'),
+                       ('null.parquet', 'after record 2'), ('empty.jsonl', 'there is no document'),
                        ('blank.jsonl', 'too little text')):
         fails(says, name, '--tokenizer', 'bytes', '--name', 'x', cwd=tmp_path)
     assert os.listdir(tmp_path / 'data') == []
