@@ -28,8 +28,8 @@ def float32_at_least(x):
 # schedules: how much of the clean text is left
 
 def stratified_times(u, first, count, total, device='cpu'):
-    """count (B,1) float64 times in [0, 1): numbers first .. first+count-1 of `total` times that share
-    one offset u and are spread evenly."""
+    """count (B,1) float64 times in [0, 1): numbers first .. first+count-1 of `total` times that
+    share one offset u and are spread evenly."""
     i = torch.arange(first, first + count, dtype=torch.float64, device=device)
     return (u + i.unsqueeze(-1)) / total % 1                         # (B,1)
 
@@ -321,7 +321,8 @@ def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
 
 @torch.no_grad()
 def head_losses(h, weight, bias, loss_fn, args):
-    """Every token's loss (B,T) instead of their mean: for evaluation, no gradient."""
+    """Every token's loss (B,T) instead of their mean: for evaluation, no gradient. The samplers
+    give it a function that draws tokens instead."""
     flat_h, *args = flatten_tokens(h, *args)
     losses = []
     for _, _, logits, rest in head_chunks(flat_h, weight, bias, *args):

@@ -15,19 +15,18 @@ or, in a notebook:
 """
 import json
 import time
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from checkpoint import load_model
 from configurator import UserError, check, configure, run
-from data import Tokenizer, load_tokenizer
+from data import load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, flatten_tokens, head_chunks, noise_schedule,
-                       masked_reverse_step, reverse_step, time_of_alpha, top_p_filter)
-from model import DiT
+from diffusion import (categorical, head_losses, masked_reverse_step, noise_schedule, reverse_step,
+                       time_of_alpha, top_p_filter)
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
@@ -73,10 +72,7 @@ CHECKS = [
 ]
 
 
-class Loaded(NamedTuple):
-    model: DiT
-    tokenizer: Tokenizer
-    info: dict               # config.json's
+Loaded = namedtuple('Loaded', 'model tokenizer info')      # info: config.json's
 
 
 def load(where='out', weights='ema', device='auto'):
@@ -92,11 +88,11 @@ def denoise_along(step, xt, alphas, kappas, greedy):
     """Reverse steps from alphas[i] to alphas[i + 1] with kappas[i] (see reverse_step), then noise
     removal: a step to alpha 1, or with greedy the likeliest tokens."""
     alphas, kappas = alphas.tolist() + [1.0], kappas.tolist() + [1.0]
-    for i, kappa in enumerate(kappas):
-        draw = partial(reverse_step, alpha_s=alphas[i + 1], alpha_t=alphas[i], kappa=kappa)
-        if greedy and i == len(kappas) - 1:
+    for alpha_t, alpha_s, kappa in zip(alphas, alphas[1:], kappas):
+        draw = partial(reverse_step, alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
+        if greedy and alpha_s == 1:
             draw = likeliest
-        xt = step(xt, alphas[i], draw)
+        xt = step(xt, alpha_t, draw)
         yield xt
 
 
@@ -125,28 +121,30 @@ def psi_alphas_kappas(steps, psi, eta):
     loop      ancestral to alpha 0.9 in 45% of the steps, half of them there with sigma = eta, then
               ancestral again
     """
-    times = ramp(1, T_END, steps + 1)
-    corrects = torch.ones(steps, dtype=torch.bool)
+    n = steps + 1
+    times = ramp(1, T_END, n)
+    before, after = 0, n                 # the times in between are those of steps that correct
     if psi == 'loop':
         t = time_of_alpha(0.9)
-        before, during = round(0.45 * (steps + 1)), round(0.5 * (steps + 1))
-        after = before + during
+        before = round(0.45 * n)
+        after = before + round(0.5 * n)
         times[:before] = ramp(1, t, before)
         times[before:after] = t
-        times[after:] = ramp(t, T_END, steps + 1 - after)
-        corrects[:before] = False
-        corrects[after - 1:] = False
+        times[after:] = ramp(t, T_END, n - after)
     alphas = noise_schedule(times)[0]
-    alpha_t, alpha_s = alphas[:-1], alphas[1:]
-    capped = ((1 - alpha_s) / alpha_t).clamp(max=eta)
-    sigma = {'rescale': eta * capped, 'cap': capped, 'loop': eta}[psi]
-    return alphas, torch.where(corrects, (1 - sigma / (1 - alpha_s)).clamp(0, 1), 1.0)
+    noise_s = 1 - alphas[1:]
+    sigma = (noise_s / alphas[:-1]).clamp(max=eta)       # in the loop a cap changes no kappa
+    if psi == 'rescale':
+        sigma *= eta
+    kappas = (1 - sigma / noise_s).clamp(0, 1)
+    kappas[:before] = 1
+    kappas[after - 1:] = 1
+    return alphas, kappas
 
 
 def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
     """Chapter II's (arXiv 2602.21185): each step noises some tokens again, so mistakes can go."""
-    alphas, kappas = psi_alphas_kappas(steps, psi, eta)
-    return denoise_along(step, xt, alphas, kappas, greedy)
+    return denoise_along(step, xt, *psi_alphas_kappas(steps, psi, eta), greedy)
 
 
 def unmask(step, xt, mask_id, steps, **_):
@@ -161,19 +159,19 @@ def unmask(step, xt, mask_id, steps, **_):
 SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
 
 
-def shape_logits(logits, temperature, top_p):
+def shape_logits(logits, temperature, top_p, **_):
     """logits (n,K) at a temperature, cut to the nucleus."""
     logits = logits.float() / temperature
     return top_p_filter(logits, top_p) if top_p < 1 else logits
 
 
-def generate_ar(model, xt, fixed, temperature, top_p, **_):
+def generate_ar(model, xt, fixed, **options):
     """Autoregressive sampling: yields xt (B,T) after each token, from left to right; the first
     column is given, and so is what stands where fixed (B,T) is true. Keys and values are cached."""
     cache = [[] for _ in model.blocks]
     for i in range(1, xt.size(1)):
         h = model.hidden(xt[:, i - 1:i], cache=cache)                      # (B,1,C)
-        logits = shape_logits(model.output_layer.linear(h[:, 0]), temperature, top_p)
+        logits = shape_logits(model.output_layer.linear(h[:, 0]), **options)
         token = categorical(logits.softmax(-1))                            # (B,)
         xt = xt.clone()
         xt[:, i] = torch.where(fixed[:, i], xt[:, i], token)
@@ -188,18 +186,16 @@ def denoise(loaded, xt, fixed=None, **options):
     o = SAMPLER_OPTIONS | options
     check_options(info, o)
     linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
-    given = xt
     if fixed is None:
         fixed = torch.zeros_like(xt, dtype=torch.bool)
 
-    def step(xt, alpha, draw):
-        sigma = -torch.log(torch.full((xt.size(0),), alpha, device=xt.device))
-        h, x = flatten_tokens(model.hidden(xt, sigma), xt)                 # (B*T,C), (B*T,)
-        xs = torch.empty_like(x)
-        for rows, _, logits, [x_rows] in head_chunks(h, linear.weight, linear.bias, x):
-            logits = shape_logits(logits[:, :vocab_size], o['temperature'], o['top_p'])
-            xs[rows] = draw(logits, x_rows)
-        return torch.where(fixed, given, xs.view_as(xt))
+    def step(x, alpha, draw):
+        def pick(logits, x):             # (n,K), (n,) -> (n,)
+            return draw(shape_logits(logits[:, :vocab_size], **o), x)
+        sigma = -torch.log(torch.full(x.shape[:1], alpha, device=x.device))
+        h = model.hidden(x, sigma)                                         # (B,T,C)
+        xs = head_losses(h, linear.weight, linear.bias, pick, [x])
+        return torch.where(fixed, xt, xs)
 
     if info['objective'] == 'ar':
         yield from generate_ar(model, xt, fixed, **o)
@@ -277,10 +273,10 @@ def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
 def denoising_page(tokenizer, frames, title):
     """The denoising frames, a list of xt (B,T), as one HTML page that needs nothing else:
     assets/denoise.html with the data in it."""
-    ids, texts = torch.stack(frames, dim=1).unique(return_inverse=True)    # (n,), (B,frames,T)
+    ids, texts = torch.stack(frames, 1).unique(return_inverse=True)    # (n,), (B,frames,T)
     tokens = [tokenizer.decode([i]) for i in ids.tolist()]
     data = json.dumps(dict(tokens=tokens, texts=texts.tolist(), title=title))
-    template = (Path(__file__).parent / 'assets' / 'denoise.html').read_text(encoding='utf-8')
+    template = (Path(__file__).parent / 'assets/denoise.html').read_text('utf-8')
     return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
@@ -301,26 +297,25 @@ def main():
     began = time.time()
     texts, calls = [], 0
     noise, fixed = start_tokens(loaded, lines, suffix, length)
-    for i in range(0, len(lines), batch_size):
-        rows = slice(i, i + batch_size)
-        frames = [noise[rows]]
+    for xt, given in zip(noise.split(batch_size), fixed.split(batch_size)):
+        frames = [xt]
         with autocast:
-            for xt in denoise(loaded, noise[rows], fixed[rows], **options):
-                frames.append(xt)
+            for xt in denoise(loaded, xt, given, **options):
                 if watch:                                # clear the terminal, write the text
                     text = loaded.tokenizer.decode(xt[0].tolist())
-                    print(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames) - 1}]', flush=True)
+                    print(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames)}]', flush=True)
+                frames.append(xt)
+                calls += 1
         texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
-        calls += len(frames) - 1
     seconds = time.time() - began
 
     if html:
-        page = denoising_page(loaded.tokenizer, frames, f'{where}: {len(frames) - 1} network calls')
-        Path(html).write_text(page, 'utf-8')
+        title = f'{where}: {len(frames) - 1} network calls'
+        Path(html).write_text(denoising_page(loaded.tokenizer, frames, title), 'utf-8')
     if out:
-        records = [dict(prompt=line, text=text) for line, text in zip(lines, texts)]
-        records = [json.dumps(record, ensure_ascii=False) + '\n' for record in records]
-        Path(out).write_text(''.join(records), 'utf-8')
+        with open(out, 'w', encoding='utf-8') as f:
+            for line, text in zip(lines, texts):
+                print(json.dumps(dict(prompt=line, text=text), ensure_ascii=False), file=f)
     else:
         for text in texts:
             print('-' * 80, text, sep='\n')
