@@ -1,6 +1,5 @@
 """Where a script runs: the device, its number format, and one process or many."""
 import os
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -26,15 +25,13 @@ def pick_dtype(dtype, device):
     """-> dtype's name, autocast context. 'auto': bf16 where the GPU has it, else fp16; off the GPU
     float32."""
     device_type = device.split(':')[0]
-    if dtype == 'auto' and device_type != 'cuda':
+    if dtype == 'auto':
         dtype = 'float32'
-    elif dtype == 'auto':  # a T4 only emulates bf16, so torch.cuda.is_bf16_supported() is no answer
-        dtype = 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
+        if device_type == 'cuda':  # is_bf16_supported() says yes on a T4, which only emulates bf16
+            dtype = 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"--dtype={dtype}: must be 'float32', 'bfloat16', 'float16' or 'auto'")
-    if dtype == 'float32':
-        return dtype, nullcontext()
-    return dtype, torch.autocast(device_type, getattr(torch, dtype))
+    return dtype, torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
 def start_distributed(device, backend='nccl'):
@@ -53,12 +50,12 @@ def start_distributed(device, backend='nccl'):
 
 
 def largest_of_ranks(number):
-    """The largest of all processes' numbers; where a process has died, the others notice it here."""
+    """The largest of all processes' numbers; where one has died, the others notice it here."""
     if control is None:
         return number
     largest = torch.tensor(number)
     try:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
     except RuntimeError:
-        raise UserError(f'rank {dist.get_rank()}: another process has ended; its message comes first')
+        raise UserError(f'rank {dist.get_rank()}: another process has ended: its message is above')
     return largest.item()

@@ -45,38 +45,36 @@ class EmbeddingLayer(nn.Module):
         weights = weights.to(self.embedding.dtype)
         mixed = 0                                     # slot by slot: no (B,T,k,C) tensor
         for i in range(x.size(-1)):
-            mixed = mixed + weights[..., i, None] * F.embedding(x[..., i], self.embedding)
+            mixed += weights[..., i, None] * F.embedding(x[..., i], self.embedding)
         return mixed
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, cond_dim, n_features=256):
+    def __init__(self, cond_dim):
         super().__init__()
-        self.n_features = n_features
         self.mlp = nn.Sequential(
-            nn.Linear(n_features, cond_dim),
+            nn.Linear(256, cond_dim),
             nn.SiLU(),
             nn.Linear(cond_dim, cond_dim),
         )
 
     def forward(self, sigma):
-        half = self.n_features // 2
-        freqs = 10000 ** (-torch.arange(half, device=sigma.device) / half)
-        angles = sigma.reshape(-1, 1).float() * freqs                  # (B,128)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)     # (B,256)
-        return self.mlp(features)                                      # (B,cond_dim)
+        freqs = 10000 ** (-torch.arange(128, device=sigma.device) / 128)
+        angles = sigma.reshape(-1, 1, 1).float() * freqs               # (B,1,128)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)     # (B,1,256)
+        return self.mlp(features)                                      # (B,1,cond_dim)
 
 
 def rotary_angles(start, T, head_dim, device):
     """cos and sin (T, head_dim/2) of RoPE for the positions start .. start+T-1."""
     freqs = 10000 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    positions = torch.arange(start, start + T, device=device)
-    angles = torch.outer(positions, freqs)
+    angles = torch.outer(torch.arange(start, start + T, device=device), freqs)
     return angles.cos(), angles.sin()
 
 
-def rotate_half(x, cos, sin):
+def rotate_half(x, rotary):
     """RoPE: turn the two halves of x (B,H,T,D) by the angles of their positions."""
+    cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -93,9 +91,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.causal = config.causal
+        self.config = config
         self.norm1 = nn.LayerNorm(C, bias=False)
         self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
         self.attn_out = nn.Linear(C, C, bias=False)
@@ -108,33 +104,33 @@ class Block(nn.Module):
         if not config.causal:
             self.adaLN_modulation = zero_linear(config.cond_dim, 6 * C)
 
-    def attention(self, x, cos, sin, cache):
-        B, T, C = x.shape
-        qkv = self.attn_qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def attention(self, x, rotary, cache):
+        qkv = self.attn_qkv(x).unflatten(-1, (3, self.config.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B,T,3,H,D) -> 3 x (B,H,T,D)
-        q = rotate_half(q, cos, sin)
-        k = rotate_half(k, cos, sin)
-        is_causal = self.causal and not cache
+        q = rotate_half(q, rotary)
+        k = rotate_half(k, rotary)
+        is_causal = self.config.causal and not cache
         if cache:                                            # keys and values of earlier tokens
             k = torch.cat([cache[0], k], dim=2)
             v = torch.cat([cache[1], v], dim=2)
         if cache is not None:
             cache[:] = [k, v]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)               # (B,H,T,D) -> (B,T,C)
+        y = y.transpose(1, 2).flatten(2)                     # (B,H,T,D) -> (B,T,C)
         return self.attn_out(y)
 
     def drop(self, x):
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.config.dropout, self.training)
 
-    def forward(self, x, c, cos, sin, cache=None):
-        """x (B,T,C); c (B,cond_dim), the time embedding, or None in a causal model."""
+    def forward(self, x, c, rotary, cache=None):
+        """x (B,T,C); c (B,1,cond_dim), the time embedding, or None in a causal model; rotary:
+        the angles of the positions."""
         if c is None:
-            x = x + self.drop(self.attention(self.norm1(x), cos, sin, cache))
+            x = x + self.drop(self.attention(self.norm1(x), rotary, cache))
             return x + self.drop(self.mlp(self.norm2(x)))
-        modulation = self.adaLN_modulation(c).unsqueeze(1)   # (B,1,6C)
+        modulation = self.adaLN_modulation(c)                # (B,1,6C)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        y = self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin, cache)
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, cache)
         x = x + gate1 * self.drop(y)
         y = self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x + gate2 * self.drop(y)
@@ -156,8 +152,7 @@ class OutputLayer(nn.Module):
         x = self.norm_final(x)
         if c is None:
             return x
-        modulation = self.adaLN_modulation(c).unsqueeze(1)   # (B,1,2C)
-        shift, scale = modulation.chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)         # (B,1,C) x 2
         return modulate(x, shift, scale)
 
 
@@ -188,13 +183,13 @@ class DiT(nn.Module):
         """
         start = cache[0][0].size(2) if cache and cache[0] else 0
         head_dim = self.config.n_embd // self.config.n_head
-        cos, sin = rotary_angles(start, x.size(1), head_dim, x.device)
+        rotary = rotary_angles(start, x.size(1), head_dim, x.device)
         h = self.vocab_embed(x, weights)
         c = None
         if not self.config.causal:
-            c = F.silu(self.sigma_map(sigma))                # (B,cond_dim)
+            c = F.silu(self.sigma_map(sigma))                # (B,1,cond_dim)
         for i, block in enumerate(self.blocks):
-            h = block(h, c, cos, sin, cache and cache[i])
+            h = block(h, c, rotary, cache and cache[i])
         return self.output_layer(h, c)
 
     def forward(self, x, sigma=None, weights=None, head=None):

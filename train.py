@@ -454,7 +454,7 @@ def main():
             if in_a_row > max_bad_steps:
                 raise UserError(
                     f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
-                    f'by {step}: {out_dir} keeps the checkpoint before; try a lower --learning_rate')
+                    f'by {step}: {out_dir} keeps the checkpoint before; lower --learning_rate')
             speed = (step - logged_step) / (time.time() - ticked)
             minutes_left = (max_iters - step) / speed / 60
             line = (f'step {step}: {"KL" if teacher else "loss"} {mean:.4f}, '
