@@ -77,6 +77,7 @@ def project_with(folder, code, script='train.py'):
 def wrapped_loss(expression):
     """Code for project_with that makes of train.py's loss an expression of loss and step."""
     return f'''
+import os
 _training_loss = training_loss
 
 

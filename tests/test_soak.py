@@ -20,6 +20,7 @@ def test_a_signal_during_validation_stops_all_ranks_at_the_same_step(work, tmp_p
     """It comes to rank 0 alone, before the last step; done and stopped at once, the run is
     validated the next time."""
     script = project_with(tmp_path, '''
+import os
 _evaluate = evaluate
 
 
