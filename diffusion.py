@@ -137,7 +137,7 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
         rest = log(n_others - n_drawn) + b * b / 2 + log_ndtr(cut - b) - log_ndtr(cut)
         log_total = torch.logaddexp(log_total, rest)
     weights = torch.exp(w - log_total.unsqueeze(-1)).float()
-    return ids, weights, ids[..., 0]
+    return ids, weights, ids[..., 0].contiguous()
 
 
 def coupled_pair(x0, gamma_t, gamma_s, vocab_size):
@@ -165,6 +165,15 @@ def consistency_pair(x0, u, delta, vocab_size):
 
 # --------------------------------------------------------------------------------------------------
 # losses: (logits (...,K), ids and alphas (...)) -> nats (...)
+
+def set_tokens(x, ids, value):
+    """x (...,K), overwritten with value (...,1) at ids (...,1). Compiled, columns are compared with
+    ids: unlike a scatter, that fuses with what stands around it and needs no buffer of its own."""
+    if torch.compiler.is_compiling():
+        columns = torch.arange(x.size(-1), device=x.device)
+        return torch.where(columns == ids, value, x)
+    return x.scatter_(-1, ids, value)
+
 
 def nelbo(logits, xt, x0, alpha, dalpha):
     """Duo's Rao-Blackwellised NELBO, nats per token (eq. 17), which validation and eval.py report.
@@ -195,7 +204,8 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     true_rate = torch.where(same, ratio, 1)
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
     excess = torch.addcmul(offset, p, K_alpha / (true_rate * rate_t))                # (...,K)
-    excess = excess.scatter_(-1, xt, 0).scatter_(-1, x0, 0)
+    excess = set_tokens(excess, xt, 0)
+    excess = set_tokens(excess, x0, 0)
     others = true_rate * (excess - torch.log1p(excess)).sum(-1, keepdim=True)
     # x0, whose true rate is 1 / ratio where it is not xt
     u = ratio * rate_0 / rate_t
@@ -206,9 +216,9 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
 
     # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
     share = torch.div(p, excess.add_(1), out=excess)
-    share.scatter_(-1, x0, p_0 * rate_t / (ratio * rate_0))
+    share = set_tokens(share, x0, p_0 * rate_t / (ratio * rate_0))
     at_t = torch.where(same, (1 - p_t) / high, -p_t / low)
-    share.scatter_(-1, xt, p_t + p_t * K * K_alpha / rate_t * at_t)
+    share = set_tokens(share, xt, p_t + p_t * K * K_alpha / rate_t * at_t)
     grad = torch.addcmul(share, p, -share.sum(-1, keepdim=True))
     grad.mul_(dalpha / rate_t * scale.unsqueeze(-1))
     return loss, grad.to(logits.dtype)
@@ -217,7 +227,11 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
 def cross_entropy(logits, targets):
     """-log softmax(logits (...,K))[targets (...)]: the loss of an autoregressive model."""
     log_p = logits.log_softmax(-1, dtype=float32_at_least(logits))
-    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    targets = targets.unsqueeze(-1)
+    if torch.compiler.is_compiling():    # as in set_tokens: a gather's gradient is a scatter
+        columns = torch.arange(log_p.size(-1), device=log_p.device)
+        return -torch.where(columns == targets, log_p, 0).sum(-1)
+    return -log_p.gather(-1, targets).squeeze(-1)
 
 
 def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
@@ -231,9 +245,9 @@ def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
 def teacher_kl(logits, h, weight, bias):
     """KL(student || teacher), nats per token (eq. 23; the direction of the published code). logits
     (...,K) are the student's; the teacher's are made here, from its trunk's output h (...,C) and
-    its head, so that they need not be kept."""
+    its head (see cast_head), so that they need not be kept."""
     log_p = logits.log_softmax(-1, dtype=float32_at_least(logits))
-    teacher = F.linear(h.to(logits.dtype), weight.to(logits.dtype), bias.to(logits.dtype))
+    teacher = F.linear(h.to(weight.dtype), weight, bias)[..., :logits.size(-1)]
     log_q = teacher.log_softmax(-1, dtype=log_p.dtype)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -245,51 +259,70 @@ def flatten_tokens(h, *args):
     return [a.expand(h.shape[:2] + a.shape[2:]).flatten(0, 1) for a in (h, *args)]
 
 
-def head_chunks(h, weight, bias, *args):
-    """Yields (slice, h's rows (n,C), logits (n,K), the args' rows) for h (N,C) and args (N,...), so
-    that only one chunk's logits exist at a time. The head runs in autocast's precision where that
-    is on, else in h's."""
+def cast_head(h, weight, bias):
+    """weight (K,C) and bias (K,) as the products on h take them, cast once for all chunks: in
+    autocast's precision where that is on, else in h's. In half precision on a GPU zeros make K a
+    multiple of 64: Tensor Cores want aligned rows."""
     dtype = h.dtype
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
     weight, bias = weight.to(dtype), bias.to(dtype)
-    max_logits = 2 ** 28 if h.is_cuda else 2 ** 18       # on a CPU: about what its caches hold
-    n = max(64, max_logits // weight.size(0))
+    if h.is_cuda and dtype.itemsize == 2:
+        padding = -len(bias) % 64
+        weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
+    return weight, bias
+
+
+def head_chunks(h, weight, bias, *args):
+    """Yields (slice, h's rows (n,C), logits (n,K), the args' rows) for h (N,C) and args (N,...), so
+    that only one chunk's logits exist at a time. weight, bias: cast_head's."""
+    max_logits = 2 ** 27 if h.is_cuda else 2 ** 18       # on a CPU: about what its caches hold
+    n = max(64, max_logits // len(bias))
     n = 2 ** (n.bit_length() - 1)        # a power of two divides most batches: one compiled shape
     for i in range(0, h.size(0), n):
         rows = slice(i, i + n)
-        x = h[rows].to(dtype)
+        x = h[rows].to(weight.dtype)
         yield rows, x, F.linear(x, weight, bias), [a[rows] for a in args]
 
 
-def loss_and_grad(loss_fn, logits, args, scale):
-    """loss_fn(logits (n,K), *args) (n,), and scale (n,) times its gradient by the logits (n,K)."""
+def loss_and_grad(loss_fn, logits, K, args, scale):
+    """loss_fn(logits (n,K), *args) (n,), and scale (n,) times its gradient by the logits, of their
+    shape. They may have more than K columns, which do not count. Compiled, this is one graph."""
     if loss_fn is nelbo:
-        return nelbo_and_grad(logits, *args, scale)
-    logits = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = loss_fn(logits, *args)
-    grad = torch.autograd.grad(losses, logits, scale)[0]
-    return losses.detach(), grad
+        losses, grad = nelbo_and_grad(logits[:, :K], *args, scale)
+        padding = logits.size(1) - K
+        return losses, F.pad(grad, (0, padding)) if padding else grad
+    losses, vjp = torch.func.vjp(lambda logits: loss_fn(logits[:, :K], *args), logits)
+    return losses, vjp(scale)[0]
+
+
+def add_product(total, a, b):
+    """total += a @ b, summed in total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total += a @ b
 
 
 class HeadLoss(torch.autograd.Function):
     """Head, loss and all gradients in one pass: a chunk's logits are made once, used, and freed."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, loss_fn, token_weights, grad_scale, *args):
+    def forward(ctx, h, weight, bias, differentiate, token_weights, grad_scale, *args):
+        K, dtype = len(bias), weight.dtype
+        weight, bias = cast_head(h, weight, bias)
         loss = token_weights.new_zeros(())
-        dh, dw, db = torch.empty_like(h), torch.zeros_like(weight), torch.zeros_like(bias)
+        dh = torch.empty_like(h)
+        dw, db = torch.zeros_like(weight, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
         for rows, x, logits, (w, *rest) in head_chunks(h, weight, bias, token_weights, *args):
-            losses, grad = loss_and_grad(loss_fn, logits, rest, w * grad_scale)
+            losses, grad = differentiate(logits, K, rest, w * grad_scale)
             loss += (w * losses).sum()                   # no dot product: autocast would round it
-            dh[rows] = grad @ weight.to(grad.dtype)
-            if dw.dtype == x.dtype:
-                dw.addmm_(grad.T, x)
-            else:
-                dw += grad.T @ x                         # float32 sums of half-precision products
-            db += grad.sum(0, dtype=db.dtype)
-        ctx.save_for_backward(dh, dw, db)
+            dh[rows] = grad @ weight
+            add_product(dw, grad.T, x)
+            db += grad.sum(0, dtype=dtype)
+        ctx.save_for_backward(dh, dw[:K], db[:K])
         ctx.grad_scale = grad_scale
         ctx.no_grads = [None] * (3 + len(args))
         return loss
@@ -301,20 +334,22 @@ class HeadLoss(torch.autograd.Function):
         return *(v * g for v in ctx.saved_tensors), *ctx.no_grads
 
 
-def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
+def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0, compile=False):
     """Mean over tokens of a loss of the logits h W^T + b, without holding all (B,T,K) of them.
 
     h (B,T,C), weight (K,C), bias (K,). loss_fn(logits (n,K), *args) -> (n,) nats is any plain
     function, differentiated here, a chunk at a time; args broadcast over (B,T). mask (B,T): the
     tokens' weights, 0 leaves one out. grad_scale: a GradScaler's scale, a tensor: half-precision
-    gradients are made at that scale and do not vanish.
+    gradients are made at that scale and do not vanish. compile: by torch.compile, the loss and its
+    gradient in one graph.
     """
     if mask is None:
         mask = torch.ones_like(h[..., 0])
     h, weights, *args = flatten_tokens(h, mask, *args)
     weights = weights.to(float32_at_least(h))
     weights = weights / weights.sum().clamp(min=1e-9)
-    return HeadLoss.apply(h, weight, bias, loss_fn, weights, grad_scale, *args)
+    differentiate = partial(torch.compile(loss_and_grad) if compile else loss_and_grad, loss_fn)
+    return HeadLoss.apply(h, weight, bias, differentiate, weights, grad_scale, *args)
 
 # --------------------------------------------------------------------------------------------------
 # the metric: it does not depend on what was trained on
@@ -323,22 +358,28 @@ def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0):
 def head_losses(h, weight, bias, loss_fn, args):
     """Every token's loss (B,T) instead of their mean: for evaluation, no gradient. The samplers
     give it a function that draws tokens instead."""
+    K = len(bias)
     flat_h, *args = flatten_tokens(h, *args)
     losses = []
-    for _, _, logits, rest in head_chunks(flat_h, weight, bias, *args):
-        losses.append(loss_fn(logits, *rest))
+    for _, _, logits, rest in head_chunks(flat_h, *cast_head(h, weight, bias), *args):
+        losses.append(loss_fn(logits[:, :K], *rest))
     return torch.cat(losses).view(h.shape[:2])
 
 
-def token_nll(model, x0, t, vocab_size, objective='duo'):
-    """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), whatever
-    the training loss; for an autoregressive model the exact (B,T-1), and t is not used."""
+def token_nll(model, x0, t, vocab_size, objective='duo', seeds=()):
+    """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), with noise
+    from a seed for each row, whatever the training loss; for an autoregressive model the exact
+    (B,T-1), where t and seeds are not used."""
     linear = model.output_layer.linear
     if objective == 'ar':
         h = model.hidden(x0[:, :-1])
         return head_losses(h, linear.weight, linear.bias, cross_entropy, [x0[:, 1:]])
     alpha, dalpha = noise_schedule(t, torch.float32)
-    xt, sigma = corrupt(x0, alpha, vocab_size, objective)
+    rows = []
+    for i, seed in enumerate(seeds):                     # the noise of a row is its own, whatever
+        torch.manual_seed(seed)                          # batch it comes in
+        rows.append(corrupt(x0[i:i + 1], alpha[i:i + 1], vocab_size, objective))
+    xt, sigma = map(torch.cat, zip(*rows))               # (B,T), (B,1)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
     args = [xt, x0, alpha, dalpha]
     return head_losses(model.hidden(xt, sigma), linear.weight, linear.bias, loss_fn, args)
@@ -358,9 +399,8 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
     for first in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
-        torch.manual_seed(first)
         t = stratified_times(0.5, first, count, n, device=device)
-        nats = token_nll(model, x0, t, vocab_size, objective)
+        nats = token_nll(model, x0, t, vocab_size, objective, range(first, first + count))
         scored = (x0 != (-1 if pad_id is None else pad_id))[:, -nats.size(1):]
         sums = (nats * scored).sum(-1), scored.sum(-1)
         result[:, first:first + count] = torch.stack(sums)

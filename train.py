@@ -32,9 +32,9 @@ from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
 from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
-from diffusion import (T_MIN, consistency_pair, corrupt, cross_entropy, evaluate, head_loss,
-                       mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times, teacher_kl,
-                       transform)
+from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, evaluate,
+                       head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
+                       teacher_kl, transform)
 from model import DiT, DiTConfig, update_ema
 
 # --- files and intervals, in steps
@@ -159,7 +159,8 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         with torch.no_grad():
             args = [teacher.hidden(zs, sigma_s)]                              # (B,T,C)
         linear = teacher.output_layer.linear
-        loss_fn = partial(loss_fn, weight=linear.weight, bias=linear.bias)
+        weight, bias = cast_head(args[0], linear.weight, linear.bias)
+        loss_fn = partial(loss_fn, weight=weight, bias=bias)
     elif in_curriculum(step):
         width = gamma_max - gamma_min
         gamma = gamma_min + u * width
@@ -173,7 +174,8 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
-    head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale)
+    head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale,
+                   compile=compile)
     return model(x, sigma, weights, head=head)
 
 # --------------------------------------------------------------------------------------------------
@@ -327,8 +329,7 @@ def main():
                         'disk that all processes share')
 
     loss_fn = loss_of(objective, vocab_size)
-    if compile:                                          # the trunk in one graph, the loss in one
-        loss_fn = torch.compile(loss_fn)
+    if compile:                          # the trunk in one graph; the loss, in head_loss, in one
         for m in [model, ema, teacher]:
             if m:
                 m.hidden = torch.compile(m.hidden)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion
 import train
 from diffusion import (categorical, consistency_pair, coupled_pair, cross_entropy, evaluate,
                        gaussian_scales, head_loss, head_losses, largest_normals,
@@ -317,6 +318,28 @@ def test_head_loss_equals_the_loss_of_all_logits(loss_fn, dtype, tolerance, T, K
     assert (each.double() - losses).abs().max() < tolerance * losses.max()
 
 
+@pytest.mark.parametrize('loss_fn', [nelbo, focal])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_a_padded_head_is_the_same_head(monkeypatch, loss_fn, dtype):
+    """On a GPU the vocabulary is padded to a multiple of 64 in half precision; here anywhere."""
+    K = 4099
+    x0, xt, alpha, dalpha = random_case(K, shape=(2, 60))
+    args = [xt, x0, alpha, dalpha] if loss_fn is nelbo else [x0, 1 + alpha]
+    shapes = ((2, 60, 16), (K, 16), (K,))
+    inputs = [torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    results = []
+    for padding in (0, 61):
+        monkeypatch.setattr(diffusion, 'cast_head', lambda h, weight, bias: (
+            F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))))
+        loss = head_loss(*inputs, loss_fn, args)
+        each = head_losses(*inputs, loss_fn, args)
+        results.append([loss, each, *torch.autograd.grad(loss, inputs)])
+    for plain, padded in zip(*results):
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 1e-2)
+        assert plain.shape == padded.shape
+        assert (plain - padded).abs().max() <= tolerance * plain.abs().max()
+
+
 def test_head_loss_gradcheck():
     x0, xt, alpha, dalpha = random_case(7, shape=(2, 3))
     shapes = ((2, 3, 4), (7, 4), (7,))
@@ -371,7 +394,7 @@ def test_no_tensor_holds_all_logits(monkeypatch, objective, step, loss_fn):
     loss_fn = loss_fn or train.loss_of(objective, K)
     with Largest() as largest:
         train.training_loss(model, x0, u, step, K, loss_fn, teacher).backward()
-        token_nll(model, x0, u, K, kind)
+        token_nll(model, x0, u, K, kind, range(B))
         if kind != 'ar':
             next(denoise(loaded, x0, steps=4))
     assert K * 16 < largest.numel < B * T * K / 4
@@ -380,17 +403,23 @@ def test_no_tensor_holds_all_logits(monkeypatch, objective, step, loss_fn):
     assert largest.numel >= B * T * K
 
 
-def test_compiled_equals_eager():
+def same(f):
+    return f
+
+
+@pytest.mark.parametrize('loss_fn', [nelbo, users_loss, cross_entropy])
+def test_compiled_equals_eager(loss_fn):
     if shutil.which('g++') is None:
         pytest.skip('torch.compile needs a C++ compiler')
     K = 301
     x0, xt, alpha, dalpha = random_case(K, shape=(2, 40))
     model = random_model(K, T=40, std=0.2)
     linear = model.output_layer.linear
+    args = [x0] if loss_fn is cross_entropy else [xt, x0, alpha, dalpha]
     results = []
-    for wrap in (lambda f: f, torch.compile):
+    for wrap in (same, torch.compile):
         h = wrap(model.hidden)(xt, -alpha.log())
-        loss = head_loss(h, linear.weight, linear.bias, wrap(nelbo), [xt, x0, alpha, dalpha])
+        loss = head_loss(h, linear.weight, linear.bias, loss_fn, args, compile=wrap != same)
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     for eager, compiled in zip(*results):
         assert (eager - compiled).abs().max() < 1e-4 * eager.abs().max()
@@ -600,6 +629,15 @@ def test_evaluate_repeats_itself():
     nats = evaluate(model, 'duo', 11, get_rows, 10, 4)
     torch.manual_seed(99)
     assert torch.equal(nats, evaluate(model, 'duo', 11, get_rows, 10, 4))
+
+
+def test_a_rows_figure_does_not_depend_on_its_batch():
+    model = random_model(11, std=0.3)
+    x0 = torch.randint(11, (10, 8))
+    nats = [evaluate(model, 'duo', 11, lambda numbers: x0[list(numbers)], 10, batch_size)
+            for batch_size in (1, 4, 10)]
+    assert (nats[0] - nats[1]).abs().max() < 1e-4 * nats[0].abs().max()
+    assert (nats[0] - nats[2]).abs().max() < 1e-4 * nats[0].abs().max()
 
 
 def test_evaluate_scores_no_pads():
