@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -45,8 +45,19 @@ class FakeMode(FakeTensorMode):
         return self
 
 
-def cuda_tensors(tree):
-    return [t for t in tree_leaves(tree) if torch.is_tensor(t) and t.is_cuda]
+def tensors_in(*values):
+    """The tensors among the arguments or results of an operation: by themselves, or in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+    return found
+
+
+def cuda_tensors(*values):
+    return [t for t in tensors_in(*values) if t.is_cuda]
 
 
 def num_bytes(tensors):
@@ -82,21 +93,24 @@ class FakeCuda(TorchDispatchMode):
         self.begin_kernel()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:        # C++ asks where a tensor is
+            return args[0].device
         kwargs = dict(kwargs or {})
         to_cuda = str(kwargs.get('device')).startswith(('cuda', 'meta'))
         if to_cuda:
             kwargs['device'] = torch.device('cuda:0')    # 'meta' is the stand-in guard's answer
-        given = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+        given = tensors_in(*args, *kwargs.values())
         if not to_cuda and not any(isinstance(t, FakeTensor) for t in given):
             return func(*args, **kwargs)                 # the CPU by itself
         self.look_for_waits(func.overloadpacket, args, kwargs, to_cuda)
-        args, kwargs = tree_map(self.to_fake, (args, kwargs))
+        if not all(isinstance(t, FakeTensor) for t in given):
+            args, kwargs = tree_map(self.to_fake, (args, kwargs))
         with self.fake:                                  # refuses operands on two devices
             result = func(*args, **kwargs)
         for t in cuda_tensors(result):
             self.hold(t.untyped_storage())
         if not func.is_view:
-            self.count(func, args, kwargs, result)
+            self.count(func, args, kwargs, result, cuda_tensors(given), cuda_tensors(result))
         return result
 
     def to_fake(self, value):
@@ -106,7 +120,7 @@ class FakeCuda(TorchDispatchMode):
     # ---- waiting
 
     def look_for_waits(self, op, args, kwargs, to_cuda):
-        on_gpu = bool(cuda_tensors(args))
+        on_gpu = bool(cuda_tensors(*args))
         if on_gpu and op in NEEDS_VALUES and kwargs.get('output_size') is None:
             self.wait(f'{op} needs values of the device', stop=True)
         if on_gpu and op in INDEXING:
@@ -165,9 +179,8 @@ class FakeCuda(TorchDispatchMode):
         self.fused += sum(size for (number, *_), size in self.written.items() if number in alive)
         self.begin_kernel()
 
-    def count(self, func, args, kwargs, result):
+    def count(self, func, args, kwargs, result, read, written):
         op = func.overloadpacket
-        read, written = cuda_tensors((args, kwargs)), cuda_tensors(result)
         if op in flop_registry:
             self.end_kernel()
             flops = flop_registry[op](*args, **kwargs, out_val=result)
@@ -372,7 +385,7 @@ def simulate(bench):
     bench.train.compile = False
 
     def measure(name, fn, device, tokens):
-        for _ in range(2):                               # the first one makes the optimiser's state
+        for _ in range(1 if peak else 2):                # the first makes the optimiser's state
             fake.reset()
             fn()
         fake.end_kernel()
