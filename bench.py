@@ -2,6 +2,8 @@
 Speed and memory on this machine, and the plan of a whole run. Takes train.py's settings and files:
 
     python bench.py --plan config/owt_duo.py --gpus=8 --price_per_hour=20  # hours, memory, price
+    python bench.py config/owt_duo.py --gpu=h100       # the same, simulated: no such GPU is needed
+    python bench.py --selftest                         # is all right on this device? a minute
     python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas as they read, and ours
     python bench.py --n_layer=4 --n_embd=256 --vocab_size=50257            # the same on a laptop
 
@@ -24,13 +26,21 @@ from diffusion import stratified_times
 from model import DiT, update_ema
 
 plan = False                 # what the whole run would take, instead of the formulas' costs
+gpu = ''                     # a plan for an 'h100', 'a100' or 't4' that is not here: an estimate
 gpus = 1                     # devices like this one that the run would have
 price_per_hour = 0.0         # of all devices together
 vocab_size = 0               # 0: that of the data set
 repeats = 5                  # timed calls, after one that is not
+selftest = False             # a few steps of everything, compared with float32 on the CPU
 
+GPUS = dict(                 # published: compute capability; FLOP/s, dense, half; bytes/s; bytes
+    h100=(9, 989e12, 3.35e12, 80e9),                     # SXM
+    a100=(8, 312e12, 2.04e12, 80e9),                     # SXM, 80 GB
+    t4=(7, 65e12, 320e9, 16e9),
+)
 CHECKS = train.CHECKS + [
     ('gpus repeats', lambda v: v >= 1, 'at least 1'),
+    ('gpu', lambda v: not v or v in GPUS, 'h100, a100 or t4'),
     ('price_per_hour vocab_size', lambda v: v >= 0, 'at least 0'),
 ]
 VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257,
@@ -91,19 +101,21 @@ def random_batch(K, device):
 
 # --------------------------------------------------------------------------------------------------
 
-def plan_run(device, dtype_name, autocast):
-    """Time the recipe's micro-batches and steps, and print what the whole run takes."""
+def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_memory):
+    """Time the recipe's micro-batches and steps, and print what the whole run takes. A simulation
+    has its own measure and peak_memory."""
     micro_batches = train.gradient_accumulation_steps / gpus
     if micro_batches % 1:
         raise UserError(f'--gpus={gpus} must divide the {train.gradient_accumulation_steps} of '
                         'gradient_accumulation_steps')
     K, source, epoch = find_vocabulary()
     x0, u = random_batch(K, device)
-    model = DiT(train.model_config(K)).to(device)
+    with torch.device(device):
+        model = DiT(train.model_config(K))
     ema = copy.deepcopy(model).eval()
     teacher = copy.deepcopy(ema) if train.objective == 'dcd' else None
     optimizers = train.build_optimizer(model)
-    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype_name == 'float16')
+    scaler = torch.amp.GradScaler(x0.device.type, enabled=dtype_name == 'float16')
     loss_fn = train.loss_of(train.objective, K)
     tokens = x0.numel() * train.gradient_accumulation_steps
     print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} '
@@ -128,8 +140,8 @@ def plan_run(device, dtype_name, autocast):
     for name, part, step in [('curriculum', share, 0),
                              ('discrete', 1 - share, train.max_iters - 1)]:
         if part:
-            call = lambda: micro_batch(step)
-            ms += part * micro_batches * measure(name, call, device, x0.numel())
+            ms += part * micro_batches * measure(
+                name, lambda: micro_batch(step), device, x0.numel())
     hours = ms * train.max_iters / 3.6e6
     tokens *= train.max_iters
     print(f'peak memory {peak_memory(device) / 1e9:.2f} GB, {ms:.0f} ms a step. '
@@ -147,12 +159,19 @@ def main():
     here = pick_device(train.device)
     dtype_name, autocast = pick_dtype(train.dtype, here)
     torch.set_float32_matmul_precision('high')
-    if plan:
+    sys.path.append(f'{os.path.dirname(__file__)}/tests')
+    bench = sys.modules[__name__]
+    if gpu:
+        from fake_cuda import simulate
+        simulate(bench)
+    elif plan:
         plan_run(here, dtype_name, autocast)
+    elif selftest:
+        from selftest import check_all
+        check_all(here, dtype_name)
     else:
-        sys.path.append(f'{os.path.dirname(__file__)}/tests')
         from literal import compare
-        compare(sys.modules[__name__], here, autocast)
+        compare(bench, here, autocast)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,15 @@
 """bench.py from the command line, and the literal forms that it measures against diffusion.py."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import sample
+import selftest
 import train
+from configurator import UserError
 from diffusion import nelbo, posterior, stratified_times
 from helpers import TINY, good, one_line, run
 from literal import literal_distillation, literal_loss, literal_nelbo, literal_reverse
@@ -76,6 +81,63 @@ def test_the_table_of_literal_and_ours(tmp_path):
     for name in ('discrete', 'curriculum', 'distillation', 'sampling'):
         for part in (f'{name}, literal', f'{name}, ours', f'\n| {name} | '):
             assert part in said
+
+# ---- the selftest
+
+VERDICT = (f'torch {torch.__version__}, Python ', ', commit ')
+
+
+def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path):
+    said = good(run(tmp_path, 'bench.py', '--selftest', '--device=cpu', '--dtype=bfloat16'))
+    *lines, verdict = said.strip().splitlines()
+    assert len(lines) == 11 and all(' ok: ' in line for line in lines)
+    assert all(part in verdict for part in ('all 11 checks passed', 'cpu (', 'bfloat16', *VERDICT))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('broken', ['loss', 'samples', 'noise', 'error'])
+def test_the_selftest_fails_where_the_device_differs(monkeypatch, capsys, broken):
+    """Here: where autocast is on, as it is not in float32 on the CPU."""
+    def in_autocast(change):
+        return lambda x: change(x) if torch.is_autocast_enabled('cpu') else x
+
+    def wrap(module, name, change):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: change(function(*args, **more)))
+
+    for name in [*selftest.SETTINGS, 'objective']:
+        monkeypatch.setattr(train, name, getattr(train, name))           # restored afterwards
+    monkeypatch.setattr(selftest, 'OBJECTIVES', {'duo, curriculum': ('duo', 0)})
+    monkeypatch.setattr(selftest, 'SAMPLERS', {'ancestral': ('duo', {})})
+    failing = {'loss': 'duo, curriculum, eager', 'error': 'duo, curriculum, eager',
+               'samples': 'samples, ancestral', 'noise': 'noise'}[broken]
+    if broken == 'loss':
+        wrap(train, 'training_loss', in_autocast(lambda loss: 1.1 * loss))
+    if broken == 'error':
+        wrap(train, 'training_loss', in_autocast(lambda loss: loss.no_such_thing))
+    if broken == 'samples':
+        wrap(sample, 'reverse_step', in_autocast(lambda xs: (xs * 0.9).long()))
+    if broken == 'noise':
+        wrap(selftest, 'q_sample', lambda xt: xt.roll(1, -1))
+    with pytest.raises(UserError, match='1 of 3 checks FAILED') as error:
+        selftest.check_all('cpu', 'bfloat16')
+    assert all(part in str(error.value) for part in (failing, 'cpu (', *VERDICT))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split('  ')[0] for line in lines if 'FAILED' in line] == [failing]
+    assert sum(' ok: ' in line for line in lines) == 2
+
+
+def test_the_selftest_compiles(monkeypatch):
+    if shutil.which('g++') is None:
+        pytest.skip('torch.compile needs a C++ compiler')
+    for name, value in selftest.SETTINGS.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, 'objective', 'ar')
+    compiled = []
+    wrapped = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or wrapped(f))
+    assert 'float32 on the CPU' in selftest.compare_training('ar', 'cpu', 'bfloat16', True, {})
+    assert len(compiled) == 2
 
 # ---- the literal forms have the numbers of diffusion.py
 
