@@ -3,7 +3,9 @@ import json
 import math
 import re
 import shlex
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -252,6 +254,63 @@ torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
     assert state['skipped'] == count and state['scaler']['scale'] == 2.0 ** (24 - count)
     (adamw,) = state['optimizers']
     assert all(s['step'] == 12 - count for s in adamw['state'].values())
+
+
+PLAIN_SGD = '''
+def build_optimizer(model):
+    return [torch.optim.SGD(model.parameters(), lr=1e-3)]
+'''
+
+
+def test_a_step_is_the_gradient_of_the_whole_batch(work, tmp_path):
+    """Two steps of two micro-batches, the documents padded, against autograd of the literal loss:
+    which rows and times are taken, what is masked, by how much is divided."""
+    meta = load_data(work / 'data/tiny')[0]
+    padded = work / 'data' / 'padded'
+    shutil.copytree(work / 'data/tiny', padded)
+    for split in ('train', 'val'):
+        count = meta[f'{split}_tokens']
+        np.array([*range(0, count, 23), count], np.uint64).tofile(padded / f'{split}.idx')
+    (padded / 'meta.json').write_text(json.dumps(meta | dict(pad_id=1)))
+    script = project_with(tmp_path, PLAIN_SGD)
+    good(run_here(work, script, *QUICK, *EVERY_STEP, '--dataset=padded', '--init_from=out',
+                  '--out_dir=sgd', '--max_iters=2', '--batch_size=3', '--dropout=0', '--grad_clip=0',
+                  '--gradient_accumulation_steps=2', '--warmup_iters=0', '--curriculum_frac=0'))
+
+    model = load_model(work / 'out')[0].requires_grad_(True)
+    stream = load_data(padded)[1]['train']
+    order = np.random.default_rng([1337, 0]).permutation(len(stream[1]) - 1)
+    for step in (0, 1):
+        x0 = torch.from_numpy(get_rows(stream, order[6 * step:6 * step + 6], 32,
+                                       meta | dict(pad_id=1)))
+        offset = np.random.default_rng([1337, step]).random()
+        loss = 0
+        for m in (0, 1):
+            rows = torch.arange(3 * m, 3 * m + 3)
+            alpha = 1 - 0.999 * (0.001 + 0.999 * ((offset + rows.double()[:, None]) / 6 % 1))
+            seed = np.random.SeedSequence([1337, step, m]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed))
+            clean = x0[rows]
+            xt = q_sample(clean, alpha.float(), 256)
+            logits = model(xt, -alpha.float().log()).double()
+            nats = literal_nelbo(logits, xt, clean, alpha, torch.full_like(alpha, -0.999))
+            loss += nats[clean != 1].mean() / 2
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        after = torch.load(work / 'sgd' / f'step-{step + 1:08}.pt')['weights']
+        for (name, w), grad in zip(model.named_parameters(), grads, strict=True):
+            moved = (w.detach() - after[name]) / 1e-3
+            assert (moved - grad).abs().max() < 1e-2 * grad.abs().max() + 1e-3, (step, name)
+        model.load_state_dict(after)
+
+
+@pytest.mark.parametrize('enabled', [False, True])
+def test_gradients_are_clipped_at_their_own_scale(enabled):
+    """Not at a GradScaler's."""
+    w = torch.zeros(4, requires_grad=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.0, enabled=enabled)
+    scaler.scale(5 * w.sum()).backward()                 # the norm of the gradient is 10
+    train.clip_and_step([torch.optim.SGD([w], lr=1.0)], scaler, [w])
+    assert torch.allclose(w, torch.full((4,), -0.5))
 
 
 # --------------------------------------------------------------------------------------------------
