@@ -268,8 +268,8 @@ def lock_folder(folder):
     except OSError as error:
         say(f'{folder} cannot be locked ({error.strerror}): start no second run in it')
     file.truncate(0)
-    since = time.strftime('%Y-%m-%d %H:%M:%S')
-    file.write(f'host {socket.gethostname()}, process {os.getpid()}, since {since}')
+    file.write(f'host {socket.gethostname()}, process {os.getpid()}, since '
+               f'{time.strftime("%Y-%m-%d %H:%M:%S")}')
     file.flush()
     return file
 

@@ -250,7 +250,7 @@ def open_data(folder, master):
 
 def adopt(found, settings):
     """A run that goes on from a network, a dict, has its sizes, whatever the settings say."""
-    settings.update({name: found[name] for name in ('n_layer', 'n_head', 'n_embd', 'cond_dim')})
+    settings.update({name: found[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
     globals().update(settings)
 
 
@@ -441,8 +441,8 @@ def main():
 
     def on_signal(number, frame):
         # torchrun sends one again to processes that have had it: there a second means nothing
-        again = caught[-1] in (signal.SIGTERM, signal.SIGINT) and not dist.is_initialized()
-        at_once = again or not doing
+        at_once = not doing or (caught[-1] in (signal.SIGTERM, signal.SIGINT)
+                                and not dist.is_initialized())
         caught.append(number)
         if master:
             what = 'stopped' if at_once else f'finishing {doing}; a second signal stops'
