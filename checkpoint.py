@@ -8,9 +8,11 @@ out_dir/config.json         all else that sampling, evaluating or sharing needs,
 out_dir/tokenizer.json      where the tokenizer has a file
 out_dir/log.jsonl           a line of numbers at each log and validation
 out_dir/README.md           the model card
+out_dir/lock                held by the run that is at work here; names it
 
 This is nanoDuo's own format and the only one known here: convert.py reads and writes the authors'.
 """
+import fcntl
 import hashlib
 import json
 import math
@@ -18,10 +20,12 @@ import os
 import pickle
 import shlex
 import shutil
+import socket
 import struct
 import time
 import zipfile
 import zlib
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -30,6 +34,7 @@ from safetensors.torch import save as tensor_bytes
 
 from configurator import UserError
 from data import check_meta
+from device import say
 from model import DiT, DiTConfig
 
 # Entries, and their types, that tell the state of a run, and a config.json, from other files.
@@ -61,22 +66,21 @@ def flush(path):
 def write_whole(path, write):
     """write(temporary path), then flush and rename: a reader, or a restart after a power cut, finds
     the old file or the new one, never a part."""
-    temporary = Path(path).with_name('unfinished.tmp')  # the next write overwrites what is left
-    write(temporary)
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(temporary.parent)
+    temporary = Path(path).with_name('unfinished.tmp')  # a kill leaves it, the next write takes it
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(temporary.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f'cannot write {path}: {error!s:.200}; what was there is kept')
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_text(text, 'utf-8'))
-
-
-def make_folder(folder):
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make the folder {folder}: {error.strerror}')
+    """A path in the text may be no UTF-8."""
+    write_whole(path, lambda temporary: temporary.write_text(text, 'utf-8', 'surrogateescape'))
 
 
 def step_files(out_dir):
@@ -98,13 +102,15 @@ def link(source, path):
         shutil.copyfile(source, path)
 
 
-def checksum(weights):
-    """sha256 of tensors: names, types, bits."""
-    digest = hashlib.sha256()
-    for name, w in sorted(weights.items()):
-        digest.update(f'{name} {w.dtype} '.encode())
-        digest.update(w.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def checksum(weights, info):
+    """sha256 of tensors, and of the entries of a config.json without which they mean nothing."""
+    parts = [info.get('model'), info.get('data')]
+    header = dict(parts=json.dumps(parts, sort_keys=True))
+    return hashlib.sha256(tensor_bytes(weights, header)).hexdigest()
+
+
+def all_finite(model):
+    return all(w.isfinite().all() for w in model.parameters())
 
 
 def write_model(folder, weights, info, tokenizer_from):
@@ -114,7 +120,7 @@ def write_model(folder, weights, info, tokenizer_from):
     if os.path.exists(tokenizer):
         write_whole(f'{folder}/tokenizer.json', lambda path: shutil.copyfile(tokenizer, path))
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}
-    header = dict(format='pt', weights_sha256=checksum(weights))
+    header = dict(format='pt', sha256=checksum(weights, info))
     write_whole(f'{folder}/model.safetensors',
                 lambda path: path.write_bytes(tensor_bytes(weights, header)))
     write_text(f'{folder}/config.json', json.dumps(info))
@@ -123,23 +129,19 @@ def write_model(folder, weights, info, tokenizer_from):
 def save(out_dir, state, ema, info, data_folder, keep_last=2):
     """Write a checkpoint; the newest keep_last step files stay. state: the entries of STATE and any
     others; ema: the averaged DiT; info: config.json; data_folder: where tokenizer.json may be."""
-    if not all(w.isfinite().all() for w in ema.parameters()):
+    if not all_finite(ema):
         raise UserError(f'the weights are not finite at step {state["step"]}: {out_dir} keeps the '
                         'last good checkpoint; a lower --learning_rate may help')
     newest = Path(f'{out_dir}/step-{state["step"]:08}.pt')
-    try:
-        write_whole(newest, lambda path: torch.save(state, path))
-        write_whole(f'{out_dir}/last.pt', lambda path: link(newest, path))
-        # A run that went back to an older step file leaves newer ones, no longer part of it.
-        kept = [path for path in step_files(out_dir) if path <= newest][:keep_last]
-        for path in step_files(out_dir):
-            if path not in kept:
-                path.unlink()
-        # The state comes first: a scheduler may leave no time for more.
-        write_model(out_dir, ema.state_dict(), info, data_folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f'cannot write a checkpoint into {out_dir}: {error!s:.200}; '
-                        'the one before is kept')
+    write_whole(newest, lambda path: torch.save(state, path))
+    write_whole(f'{out_dir}/last.pt', lambda path: link(newest, path))
+    # A run that went back to an older step file leaves newer ones, no longer part of it.
+    kept = [path for path in step_files(out_dir) if path <= newest][:keep_last]
+    for path in step_files(out_dir):
+        if path not in kept:
+            path.unlink()
+    # The state comes first: a scheduler may leave no time for more.
+    write_model(out_dir, ema.state_dict(), info, data_folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,37 +169,35 @@ def load_state(out_dir):
         try:
             state = read_torch(path, STATE)
         except UserError as error:
-            print(error)
+            say(error)
             continue
         if path.name != 'last.pt':
-            print(f'going on from {path}')
+            say(f'going on from {path}')
         return state
     raise UserError(f'no checkpoint in {out_dir} (last.pt, step-*.pt) that can be used: train '
                     'first, or name another --out_dir')
 
 
 def read_weights(path):
-    """{name: tensor} of a .safetensors file, checked against the checksum in its header, if any."""
+    """-> {name: tensor} of a .safetensors file, and its header, {str: str}."""
     try:
         with safe_open(path, 'pt') as file:  # mapped: nothing is allocated yet
             state = {name: file.get_tensor(name) for name in file.keys()}
-            written = (file.metadata() or {}).get('weights_sha256')
+            header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path} cannot be read: {error!s:.200}')
-    if written and written != checksum(state):
-        raise UserError(f'{path} is damaged: the weights are not those that were written')
-    return state
+    return state, header
 
 
 def fetch(where):
     """The folder `where`; of hf:ORG/NAME the one that the Hugging Face hub, or its cache, has."""
     if not str(where).startswith('hf:'):
         return Path(where)
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(
             where[3:], allow_patterns=['*.json', 'model.safetensors']))
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+    except (OSError, ValueError) as error:  # not there, not reached, or no name of a repository
         raise UserError(f'cannot fetch {where}, nor is it in the cache: {error!s:.200}')
 
 
@@ -216,7 +216,7 @@ def build_model(info, weights, where):
     try:
         check_meta(info['data'])
         c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
-        sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, c.cond_dim]
+        sizes = astuple(c)[:6]          # vocab_size to cond_dim
         fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
         if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
             raise ValueError('no network has such sizes')
@@ -228,14 +228,14 @@ def build_model(info, weights, where):
         model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
     except RuntimeError as error:
         raise UserError(f'{where}: the weights do not fit config.json, {info["model"]}: {error}')
+    if not all_finite(model):
+        raise UserError(f'{where}: the weights are not finite: its training went wrong')
     return model.eval().requires_grad_(False)
 
 
-def load_model(where, weights='ema', device='cpu'):
-    """-> model (DiT, eval mode) and info (config.json's dict, and the 'folder' it lies in).
-
-    where: the folder of a run, or hf:ORG/NAME, such a folder on the Hugging Face hub.
-    weights: 'ema', or 'raw' for those of the run's last.pt."""
+def load_model(where, device='cpu'):
+    """-> model (DiT, EMA weights, eval mode) and info (config.json's dict, and the 'folder' it lies
+    in). where: the folder of a run, or hf:ORG/NAME, such a folder on the Hugging Face hub."""
     folder = fetch(where)
     info = read_config(folder)
     if not has_entries(info, INFO):
@@ -243,51 +243,78 @@ def load_model(where, weights='ema', device='cpu'):
             f'no model of nanoDuo in {where}: run train.py first, or name another folder; one in '
             f"the authors' format is converted first: python convert.py {where} "
             f'out-{Path(where).stem.removeprefix("hf:")}')
-    if weights == 'ema':
-        tensors = read_weights(folder / 'model.safetensors')
-    elif weights == 'raw':
-        tensors = load_state(folder)['weights']
-    else:
-        raise UserError(f"--weights={weights}: must be 'ema' or 'raw'")
-    return build_model(info, tensors, where).to(device), info | {'folder': str(folder)}
+    weights, header = read_weights(folder / 'model.safetensors')
+    model = build_model(info, weights, where)
+    if header.get('sha256') not in (None, checksum(weights, info)):
+        raise UserError(f'{where}: config.json and model.safetensors are not of one run, or one of '
+                        'them is damaged')
+    return model.to(device), info | {'folder': str(folder)}
 
 
 # --------------------------------------------------------------------------------------------------
 # out_dir and its log
 
-def set_aside_older_run(out_dir):
-    """A run that stands in out_dir is moved, not overwritten."""
+def lock_folder(folder):
+    """Make the folder and keep other runs out of it, until the file that is returned is closed or
+    this process ends, however it does. UserError, naming it, where a living run is at work."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(f'{folder}/lock', 'a+')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f'{folder} is in use ({file.read()}): wait for that run to end, or name '
+                        'another --out_dir')
+    except OSError as error:
+        say(f'{folder} cannot be locked ({error.strerror}): start no second run in it')
+    file.truncate(0)
+    file.write(f'host {socket.gethostname()}, process {os.getpid()}, since '
+               f'{time.strftime("%Y-%m-%d %H:%M:%S")}')
+    file.flush()
+    return file
+
+
+def set_aside_older_run(out_dir, lock):
+    """A run that stands in out_dir is moved, not overwritten. Returns out_dir's lock."""
     if has_state(out_dir) or Path(f'{out_dir}/model.safetensors').exists():
         aside = out_dir.rstrip('/') + time.strftime('-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
-        print(f'{out_dir} held another run: it is in {aside} now')
+        say(f'{out_dir} held another run: it is in {aside} now')
+        lock = lock_folder(out_dir)
+    return lock
 
 
 def open_log(out_dir, step):
     """log.jsonl, to append to, without the lines of steps that will be repeated."""
-    path = f'{out_dir}/log.jsonl'
-    make_folder(out_dir)
-    if os.path.exists(path):
-        # The last line may be cut off, by a power cut.
-        kept = [s for s in open(path) if s.endswith('}\n') and json.loads(s)['step'] <= step]
-        write_text(path, ''.join(kept))
+    path = Path(f'{out_dir}/log.jsonl')
+    kept = ''
+    for line in path.read_text('utf-8', 'replace').splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)['step'] <= step:
+                kept += f'{line}\n'
+        except (ValueError, TypeError, LookupError):
+            pass  # torn by a power cut, or no line of a run
+    write_text(path, kept)
     return open(path, 'a', buffering=1)
 
 
 def append_log(file, record):
-    """One JSON line: seven digits of each number, null where it is not finite."""
-    for name, value in record.items():
-        if type(value) is float:
-            record[name] = float(f'{value:.7g}') if math.isfinite(value) else None
+    """One JSON line: a number that is not finite is null."""
+    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     file.write(json.dumps(record) + '\n')
+
+
+def changes(old, new):
+    """What of `new` is not so in `old`, in words."""
+    return ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in new.items()
+                     if value != old.get(name))
 
 
 def check_resume(out_dir, state, settings, config, token_files):
     """The settings that changed since state was written, in words; UserError if state is not of
     this very run."""
     old = state['settings']
-    changed = ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in settings.items()
-                        if value != old.get(name) and name != 'init_from')
+    changed = changes(old, settings)
     if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:
         raise UserError(f'{out_dir} holds another model or another kind of run ({changed}): resume '
                         'it with its own command, or start a new run from it')
@@ -303,9 +330,10 @@ def check_resume(out_dir, state, settings, config, token_files):
 MEASURED = '<!-- train.py writes what stands below this line, anew with every run -->'
 
 
-def write_card(out_dir, arguments, world):
+def write_card(out_dir, figures, defaults):
     """Write out_dir/README.md. What its owner put above the line MEASURED stays, and so does a file
-    without that line. arguments: train.py's command line; world: the number of processes."""
+    without that line. figures: of the validation; defaults: of train.py's settings, which the
+    command leaves out."""
     card = Path(f'{out_dir}/README.md')
     head = f'''---
 # license: mit    (to be chosen)
@@ -316,15 +344,13 @@ pipeline_tag: text-generation
 
 '''
     if card.exists():
-        head, line, _ = card.read_text('utf-8').partition(MEASURED)
+        head, line, _ = card.read_text('utf-8', 'surrogateescape').partition(MEASURED)
         if not line:
             return
-    last = {}  # the newest value of each number in the log
-    for line in open(f'{out_dir}/log.jsonl'):
-        last |= json.loads(line)
-    launch = f'torchrun --nproc_per_node={world}' if world > 1 else 'python'
     info = read_config(out_dir)
     c = info['model']
+    arguments = [f'--{name}={value}' for name, value in info['settings'].items()
+                 if value != defaults[name]]
     text = f'''{head}{MEASURED}
 
 | | |
@@ -332,16 +358,16 @@ pipeline_tag: text-generation
 | objective | {info['objective']} |
 | network | {c['n_layer']} layers of {c['n_embd']}, {c['n_head']} heads, {c['block_size']} tokens |
 | vocabulary | {info['data']['vocab_size']:,} ({info['data']['tokenizer']}) |
-| trained on | {info['data']['train_tokens']:,} tokens, {last['step']:,} steps |
-| validation loss | {last['val_loss']:.4f} +- {last['val_error']:.4f} nats per token |
-| perplexity | {last['val_ppl']:.2f} |
-| bits per byte | {last['val_bpb']:.4f} |
+| trained on | {info['data']['train_tokens']:,} tokens, {info['step']:,} steps |
+| validation loss | {figures['val_loss']:.4f} +- {figures['val_error']:.4f} nats per token |
+| perplexity | {figures['val_ppl']:.2f} |
+| bits per byte | {figures['val_bpb']:.4f} |
 
 ![The losses](curve.png)
 
 The numbers are those of the EMA weights and, but for AR, upper bounds. Trained with nanoDuo by
 
-    {launch} {shlex.join(['train.py', *arguments])}
+    python {shlex.join(['train.py', *arguments])}
 
 All settings are in config.json. To sample from it:
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model, make_folder,
+from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model,
                         read_config, read_torch, read_weights, write_model)
 from configurator import UserError, run
 from model import DiTConfig
@@ -126,7 +126,7 @@ def write_new(folder, weights, info, tokenizer_from):
     """write_model into a folder that holds none."""
     if Path(folder, 'model.safetensors').exists():
         raise UserError(f'{folder} holds a model already: name another folder')
-    make_folder(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     write_model(folder, weights, info, tokenizer_from)
     print(f'wrote {folder}')
 
@@ -139,7 +139,7 @@ def convert(where, folder, objective=None):
         state = read_lightning(path)
     else:
         source = fetch(where)
-        state = our_names(read_weights(source / 'model.safetensors'))
+        state = our_names(read_weights(source / 'model.safetensors')[0])
     config = read_config(source)
     if objective:
         config['model_type'] = objective

@@ -1,4 +1,4 @@
-"""Where a script runs: the device, its number format, and one process or many."""
+"""Where a script runs: the console, the device, its number format, one process or many."""
 import os
 
 import torch
@@ -9,11 +9,24 @@ from configurator import UserError
 control = None               # the group by which the processes agree on what to do
 
 
+def say(line):
+    """print(), for a run that goes on without its console: the log file is what counts."""
+    try:
+        print(line, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(line))                                 # a terminal that knows few letters
+    except RuntimeError:
+        pass                                             # a signal came while another line was said
+    except OSError:                                      # gone, or full: this and all that follows,
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # of scripts started here too, is dropped
+
+
 def pick_device(device):
     """'auto' -> the best there is; any other name is checked."""
-    known = ['cpu']
-    if torch.cuda.is_available():
-        known = ['cuda', 'cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+    known = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    if known:
+        known.insert(0, 'cuda')
+    known.append('cpu')
     if device == 'auto':
         return known[0]
     if device not in known:
@@ -38,12 +51,14 @@ def start_distributed(device, backend='nccl'):
     """-> this process's device, rank and world size; under torchrun the processes are joined."""
     if 'RANK' not in os.environ:
         return device, 0, 1
+    device_id = None
     if device.startswith('cuda'):
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)
+        device_id = torch.device(device)                 # NCCL connects now, and need not guess it
     else:
         backend = 'gloo'
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=device_id)
     global control
     control = dist.new_group(backend='gloo')             # does not wait for the GPU
     return device, dist.get_rank(), dist.get_world_size()

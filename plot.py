@@ -18,38 +18,41 @@ STYLE = {
     'backend': 'agg',                    # writes files, needs no display
     'figure.figsize': (9, 4.5),
     'axes.grid': True,
-    'axes.grid.which': 'both',
-    'grid.alpha': 0.3,
     'figure.constrained_layout.use': True,
-    'savefig.dpi': 120
 }
 
 
-def read_records(out_dir, name, advice):
-    """The JSON lines of a file."""
-    path = f'{out_dir}/{name}'
+def read_records(path, advice):
+    """The JSON objects in the lines of a file; what else is there, such as a line that a power cut
+    tore, is left out."""
+    records = []
     try:
-        return [json.loads(line) for line in open(path)]
-    except (OSError, ValueError) as error:
-        raise UserError(f'cannot read {path} ({error}): {advice}')
+        for line in open(path, errors='replace'):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                pass
+    except OSError as error:
+        raise UserError(f'cannot read {path} ({error.strerror}): {advice}')
+    return [r for r in records if isinstance(r, dict)]
 
 
 def read_run(out_dir):
     """-> its settings, the records of its log."""
-    records = read_records(out_dir, 'log.jsonl', 'name the folder of a run of train.py')
+    records = read_records(f'{out_dir}/log.jsonl', 'name the folder of a run of train.py')
     if not any('val_loss' in r for r in records):
         raise UserError(f'{out_dir} has no validation yet: let it run on')
-    info = json.load(open(f'{out_dir}/config.json'))
-    return info['settings'], records
+    return json.load(open(f'{out_dir}/config.json'))['settings'], records
 
 
 def columns(records, *names):
     """An array of values for each name, of the records that have the last of them."""
-    rows = [r for r in records if names[-1] in r]
-    return [np.array([r[name] for r in rows], dtype=float) for name in names]  # null becomes nan
+    rows = [[r[name] for name in names] for r in records if names[-1] in r]
+    return np.array(rows, float).reshape(-1, len(names)).T         # null becomes nan
 
 
-def draw_curve(out_dir):
+def draw_curve(out_dirs):
+    [out_dir] = out_dirs
     settings, records = read_run(out_dir)
     fig, ax = plt.subplots()
     ax.plot(*columns(records, 'step', 'loss'), label='training loss, raw weights')
@@ -58,7 +61,7 @@ def draw_curve(out_dir):
     if settings['objective'] == 'duo':
         end = settings['curriculum_frac'] * settings['max_iters']
         ax.axvline(end, label='end of the curriculum', color='gray')
-    ax.set(xlabel='step', ylabel='nats per token', title=settings['dataset'])
+    ax.set(xlabel='step', ylabel='nats per token')
     ax.legend()
     return fig, f'{out_dir}/curve.png'
 
@@ -82,9 +85,9 @@ def draw_gen(out_dirs):
     fig, (left, right) = plt.subplots(1, 2, sharey=True)
     for out_dir in out_dirs:
         curves = {}
-        for r in read_records(out_dir, 'gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
-            points = curves.setdefault(r['sampler'], {})
-            points[r['steps'], r['temperature']] = r     # of equal settings the newest counts
+        for r in read_records(f'{out_dir}/gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
+            # of equal settings the newest counts
+            curves.setdefault(r['sampler'], {})[r['steps'], r['temperature']] = r
         for sampler, points in curves.items():
             by_steps = [points[key] for key in sorted(points) if key[1] == 1]
             left.plot(*columns(by_steps, 'steps', 'gen_ppl'), 'o-',
@@ -98,18 +101,15 @@ def draw_gen(out_dirs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument('runs', nargs='+')
     parser.add_argument('--gen', action='store_true')
     args = parser.parse_args()
     plt.rcParams.update(STYLE)
+    draw = compare if args.runs[1:] else draw_curve
     if args.gen:
-        fig, path = draw_gen(args.runs)
-    elif len(args.runs) > 1:
-        fig, path = compare(args.runs)
-    else:
-        fig, path = draw_curve(args.runs[0])
+        draw = draw_gen
+    fig, path = draw(args.runs)
     fig.savefig(path)
     print(f'wrote {path}')
 

@@ -17,21 +17,24 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C while torch loads: no traceback
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import (append_log, check_resume, has_state, load_model, load_state, open_log,
-                        save, set_aside_older_run, write_card)
+from checkpoint import (UNREADABLE, append_log, check_resume, has_state, load_model, load_state,
+                        lock_folder, open_log, save, set_aside_older_run, write_card)
 from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows, same_tokenizer)
-from device import largest_of_ranks, pick_device, pick_dtype, start_distributed
+from device import largest_of_ranks, pick_device, pick_dtype, say, start_distributed
 from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, evaluate,
                        head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
                        teacher_kl, transform)
@@ -51,10 +54,6 @@ init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a 
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
-# --- wandb
-wandb_log = False
-wandb_project = 'nanoduo'
-wandb_run_name = ''          # '': the name of out_dir
 # --- data
 dataset = 'stdlib'           # a folder in data_dir, made by prepare.py
 batch_size = 8               # the micro-batch: rows at a time on one device
@@ -95,9 +94,12 @@ compile = False              # torch.compile: pays from a few minutes of GPU tim
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
 
 CHECKS = [
-    ('batch_size gradient_accumulation_steps eval_interval eval_iters log_interval sample_steps '
-     'keep_last dcd_rounds n_layer n_head n_embd cond_dim', lambda v: v >= 1, 'at least 1'),
-    ('max_iters warmup_iters seed learning_rate grad_clip checkpoint_interval checkpoint_minutes '
+    ('gradient_accumulation_steps eval_interval eval_iters log_interval sample_steps keep_last '
+     'dcd_rounds', lambda v: v >= 1, 'at least 1'),
+    ('batch_size n_layer n_head n_embd cond_dim', lambda v: 1 <= v <= 10**6, '1 to a million'),
+    ('max_iters', lambda v: 0 <= v < 10**8, 'from 0 to 99,999,999'),
+    ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
+    ('warmup_iters learning_rate grad_clip checkpoint_interval checkpoint_minutes '
      'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),
     ('dropout beta1 beta2 ema_decay', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     ('curriculum_frac cooldown_frac', lambda v: 0 <= v <= 1, 'from 0 to 1'),
@@ -248,22 +250,26 @@ def open_data(folder, master):
     return meta, data
 
 
-def load_weights(source, model, meta):
-    """Start from the EMA weights of another run's model."""
+def adopt(found, settings):
+    """A run that goes on from a network, a dict, has its sizes, whatever the settings say."""
+    settings.update({name: found[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
+    globals().update(settings)
+
+
+def load_weights(source, kind, meta, settings):
+    """The model of another run, its EMA weights, to start from; its sizes become the settings."""
     trained, info = load_model(source)
-    config = replace(trained.config, dropout=dropout)
-    if config != model.config or not same_tokenizer(info['data'], meta):
-        raise UserError(f'{source} holds another model or tokenizer ({trained.config})')
-    model.load_state_dict(trained.state_dict())
-
-
-def start_wandb(settings):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log needs a package: pip install wandb')
-    name = wandb_run_name or Path(out_dir).resolve().name
-    return wandb.init(project=wandb_project, name=name, config=settings)
+    theirs = info['data']
+    if info['objective'] != kind:
+        raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
+    if not same_tokenizer(theirs, meta):
+        raise UserError(
+            f'{source} and {dataset} have different tokenizers: {theirs["tokenizer"]} of '
+            f'{theirs["vocab_size"]} tokens ({theirs["tokenizer_sha256"]}), {meta["tokenizer"]} of '
+            f'{meta["vocab_size"]} ({meta["tokenizer_sha256"]}): prepare the text with its own: '
+            f'python prepare.py TEXT --tokenizer={info["folder"]}/tokenizer.json')
+    adopt(vars(trained.config), settings)
+    return trained
 
 
 def run_script(script, *arguments):
@@ -274,12 +280,16 @@ def run_script(script, *arguments):
 
 def main():
     # ---- settings, processes, device
-    settings = configure(globals(), CHECKS)
+    defaults = dict(globals())
+    settings = configure(defaults, CHECKS)
     globals().update(settings)
-    start = where_to_start()
     here, rank, world = start_distributed(pick_device(device), backend)
     dtype_name, autocast = pick_dtype(dtype, here)
     master = rank == 0
+    lock = log_file = None
+    if master and not eval_only:
+        lock = lock_folder(out_dir)                      # before anything there is read
+    start = where_to_start()
     torch.set_float32_matmul_precision('high')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all '
@@ -291,13 +301,25 @@ def main():
     vocab_size, token_files = meta['vocab_size'], fingerprint(data)
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
 
+    # ---- what it goes on from: a checkpoint, another run's model, or nothing
+    kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
+    state = trained = None
+    if start == 'resume':
+        state = load_state(out_dir)
+        settings['init_from'] = state['settings'].get('init_from')  # where the run began
+        if settings['init_from'] != 'scratch':
+            adopt(state['model'], settings)
+    else:
+        settings['init_from'] = start
+        if start != 'scratch':
+            trained = load_weights(start, kind, meta, settings)
+
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
-    kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
     config = model_config(vocab_size)
     model = DiT(config).to(here)
-    if start not in ('scratch', 'resume'):
-        load_weights(start, model, meta)
+    if trained:
+        model.load_state_dict(trained.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
     optimizers = build_optimizer(model)
@@ -305,24 +327,29 @@ def main():
     parts = dict(weights=model, ema=ema, scaler=scaler)
     if teacher:
         parts['teacher'] = teacher
-    step, began = 0, time.time()
+    step, began = 0, time.monotonic()
+    val_loss = None
     total, good, skipped, in_a_row = torch.zeros(4, device=here)
 
     # ---- resume
-    if start == 'resume':
-        state = load_state(out_dir)
-        changed = check_resume(out_dir, state, settings, config, token_files)
+    if state:
+        try:
+            changed = check_resume(out_dir, state, settings, config, token_files)
+            for name, part in parts.items():
+                if name != 'scaler' or state[name]:      # one that was not needed is empty
+                    part.load_state_dict(state[name])
+            for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
+                groups = optimizer.state_dict()['param_groups']  # this run's: they may differ
+                optimizer.load_state_dict(saved | dict(param_groups=groups))
+            step, val_loss = state['step'], state['val_loss']
+            began -= state['seconds']
+            skipped += state['skipped']
+            total += state.get('total', 0)               # of an interval that is not logged yet
+            good += state.get('good', 0)
+        except UNREADABLE as error:
+            raise UserError(f'{out_dir}: its checkpoint is not one of this run: {error!r:.200}')
         if master and changed:
-            print(f'resuming with changed settings: {changed}')
-        for name, part in parts.items():
-            if state[name]:                              # a GradScaler's may be empty
-                part.load_state_dict(state[name])
-        for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
-            groups = optimizer.state_dict()['param_groups']  # this run's: settings may have changed
-            optimizer.load_state_dict(saved | dict(param_groups=groups))
-        step = state['step']
-        began -= state['seconds']
-        skipped += state['skipped']
+            say(f'resuming with changed settings: {changed}')
         del state
     if largest_of_ranks(step) != -largest_of_ranks(-step):
         raise UserError(f'rank {rank} found step {step}, another did not: --out_dir must be on a '
@@ -333,31 +360,32 @@ def main():
         for m in [model, ema, teacher]:
             if m:
                 m.hidden = torch.compile(m.hidden)
-    train_model = DDP(model) if world > 1 else model
+    # DDP splits the trunk's one graph into as many as it has buckets of gradients, so that some are
+    # exchanged while others are still computed
+    train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # ---- logs
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
-    log_file = wandb_run = None
     if master:
-        print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, '
-              f'{here} {dtype_name}, {n_train:,} rows of {block_size} ({meta["tokenizer"]}, '
-              f'vocabulary {vocab_size})')
-        if not eval_only:
-            if start != 'resume':
-                set_aside_older_run(out_dir)
-            log_file = open_log(out_dir, step)
-            if wandb_log:
-                wandb_run = start_wandb(settings)
+        say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
+            f'{tokens_per_step:,} tokens a step, {here} {dtype_name}, {n_train:,} rows of '
+            f'{block_size} ({meta["tokenizer"]}, vocabulary {vocab_size})')
+        if in_curriculum(step):
+            window = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
+            hint = ': little noise, try a higher --gamma_max' if window[1] > 0.5 else ''
+            say(f'curriculum: alpha from {window[0]:.3f} to {window[1]:.3f}{hint}')
+    if lock:
+        if start != 'resume':
+            lock = set_aside_older_run(out_dir, lock)
+        log_file = open_log(out_dir, step)
 
     def log(line, **record):
-        record.update(step=step, seconds=time.time() - began)
+        record.update(step=step, seconds=time.monotonic() - began)
         if log_file:
             append_log(log_file, record)
-        if wandb_run:
-            wandb_run.log(record, step=step)
         if master:
-            print(line, flush=True)
+            say(line)
 
     def validate():
         """Log the metric of the EMA weights, on the same rows with the same noise every time."""
@@ -370,20 +398,21 @@ def main():
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
         figures = {f'val_{name}': value for name, value in figures.items()}
         log(f'step {step}: val loss {line}', **figures)
-        return figures['val_loss']
+        return figures
 
     def write_checkpoint():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
         state = {name: part.state_dict() for name, part in parts.items()} | info
         state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                     skipped=int(skipped), fingerprint=token_files, seconds=time.time() - began)
+                     skipped=int(skipped), total=total.item(), good=int(good),
+                     fingerprint=token_files, seconds=time.monotonic() - began)
         save(out_dir, state, ema, info, folder, keep_last)
 
     def accumulate_gradients():
-        """Backward through this process's share of the step's micro-batches; returns its part of
-        the mean loss. A micro-batch is the unit of randomness: its rows, times, noise and dropout
-        come from (seed, step, m), so a run is the same on any number of processes."""
+        """Backward through this process's share of the step's micro-batches; returns the mean loss
+        of all. A micro-batch is the unit of randomness: its rows, times, noise and dropout come
+        from (seed, step, m), so a run is the same on any number of processes."""
         mean = torch.zeros((), device=here)
         offset = np.random.default_rng([seed, step]).random()            # stratifies all times
         for m in range(rank, gradient_accumulation_steps, world):
@@ -404,31 +433,49 @@ def main():
             fine = torch.where(loss.isfinite(), 1.0, torch.nan)
             scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
             mean += loss.detach() / gradient_accumulation_steps
+        if world > 1:
+            dist.all_reduce(mean)
         return mean
 
-    # ---- the loop
-    caught = [0]         # a scheduler's signals, or Ctrl-C: the step is finished, then saved
+    # ---- signals: a scheduler's, or Ctrl-C
+    caught, doing = [0], 'the step'
+
+    def on_signal(number, frame):
+        # torchrun sends one again to processes that have had it: there a second means nothing
+        at_once = not doing or (caught[-1] in (signal.SIGTERM, signal.SIGINT)
+                                and not dist.is_initialized())
+        caught.append(number)
+        if master:
+            what = 'stopped' if at_once else f'finishing {doing}; a second signal stops'
+            say(f'{signal.Signals(number).name}: {what} at once')
+        if at_once:
+            sys.exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    ticked = saved = time.time()
+        signal.signal(number, on_signal)
+
+    # ---- the loop
+    ticked = saved = time.monotonic()
     first_step = logged_step = step
-    val_loss = None
     while True:
         # 1. VALIDATE, SAVE, STOP
         stopped = largest_of_ranks(caught[-1])
         done = step >= max_iters
-        paused = time.time()
+        paused = time.monotonic()
         moved = step > first_step
         at_eval = moved and step % eval_interval == 0
         at_checkpoint = at_eval or moved and (
             checkpoint_interval and step % checkpoint_interval == 0
             or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
         if at_eval or eval_only or done and not stopped:
-            val_loss = validate()
+            doing = 'the validation'
+            figures = validate()
+            val_loss = figures['val_loss']
         if log_file and (at_checkpoint or done or stopped):
+            doing = 'a checkpoint'
             write_checkpoint()
-            saved = time.time()
-        ticked += time.time() - paused                   # not counted in tokens/s
+            saved = time.monotonic()
+        ticked += time.monotonic() - paused              # not counted in tokens/s
         if done or eval_only or stopped:
             break
 
@@ -438,7 +485,15 @@ def main():
         set_lr(optimizers, lr_share(step))
 
         # 3. GRADIENTS, STEP, EMA
-        loss = accumulate_gradients()
+        doing = 'the step'
+        try:
+            loss = accumulate_gradients()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Triton may not know an old GPU. (suppress_errors would say nothing, and go on trying.)
+            say(f'torch.compile fails here, going on without it: {error!s:.200}')
+            torch.compiler.set_stance('force_eager')
+            model.zero_grad()
+            loss = accumulate_gradients()
         finite = clip_and_step(optimizers, scaler, model.parameters())
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
@@ -449,14 +504,12 @@ def main():
 
         # 4. LOG; nowhere else does the CPU wait for the device
         if step % log_interval == 0 or step == max_iters:
-            if world > 1:
-                dist.all_reduce(total)
             mean = (total.double() / good).item()     # nan if no step was good
             if in_a_row > max_bad_steps:
                 raise UserError(
                     f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
                     f'by {step}: {out_dir} keeps the checkpoint before; lower --learning_rate')
-            speed = (step - logged_step) / (time.time() - ticked)
+            speed = (step - logged_step) / max(time.monotonic() - ticked, 1e-9)
             minutes_left = (max_iters - step) / speed / 60
             line = (f'step {step}: {"KL" if teacher else "loss"} {mean:.4f}, '
                     f'{speed * tokens_per_step:,.0f} tokens/s, {minutes_left:.1f} min left')
@@ -464,17 +517,18 @@ def main():
                 line += f', {int(skipped)} steps skipped'
             log(line, loss=mean, lr=learning_rate * lr_share(step - 1), skipped=int(skipped),
                 tokens_per_s=speed * tokens_per_step)
-            ticked, logged_step = time.time(), step
+            ticked, logged_step = time.monotonic(), step
             total.zero_()
             good.zero_()
 
-    # ---- the picture, the card, some texts
+    # ---- the picture, the card, some texts; a signal ends these
+    doing = ''
     if master and stopped:
-        print(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
-              f'--init_from=resume continues from {out_dir}')
+        say(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
+            f'--init_from=resume continues from {out_dir}')
     elif log_file:
         run_script('plot.py', out_dir)
-        write_card(out_dir, sys.argv[1:], world)
+        write_card(out_dir, figures, defaults)
         if num_samples:
             run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
                        f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',

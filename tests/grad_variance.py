@@ -10,7 +10,7 @@ import sys
 import torch
 
 import train
-from checkpoint import load_model
+from checkpoint import load_model, load_state
 from data import epoch_rows, get_batch, load_data, num_rows
 from diffusion import nelbo, stratified_times
 
@@ -29,7 +29,8 @@ def gradient(model, step, i, meta, stream):
     return torch.cat([g.flatten().double() for g in grads])
 
 
-model, info = load_model(sys.argv[1], 'raw')
+model, info = load_model(sys.argv[1])
+model.load_state_dict(load_state(sys.argv[1])['weights'])  # not their average
 model.requires_grad_(True)
 vars(train).update(info['settings'])
 meta, data = load_data(os.path.join(train.data_dir, train.dataset))

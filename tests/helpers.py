@@ -69,7 +69,7 @@ def project_with(folder, code, script='train.py'):
     shutil.copytree(ROOT / 'assets', folder / 'assets')
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
-    text, start, end = (folder / script).read_text().partition("\nif __name__ == '__main__':")
+    text, start, end = (folder / script).read_text().partition("\n\n\nif __name__ == '__main__':")
     (folder / script).write_text(f'{text}\n{code}\n{start}{end}')
     return folder / 'train.py'
 

@@ -1,8 +1,11 @@
 """Our own format: what save() leaves is found again; the hub's cache, the model card."""
 import errno
+import fcntl
 import json
+import math
 import os
 import shutil
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (STATE, has_state, load_model, load_state, save, step_files, write_card,
-                        write_model)
+from checkpoint import (STATE, has_state, load_model, load_state, lock_folder, open_log, save,
+                        step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
 from helpers import equal, good, log, one_line, run
@@ -71,13 +74,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert has_state(tmp_path) and equal(load_state(tmp_path), state)
     (tmp_path / 'last.pt').unlink()
     assert has_state(tmp_path)
-    for weights, key in (('ema', 'ema'), ('raw', 'weights')):
-        write_step(tmp_path, 4)
-        model, info = load_model(tmp_path, weights)
-        assert equal(dict(model.state_dict()), dict(state[key]))
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-        assert info == info_of(model, step=4, folder=str(tmp_path))
-    refused(lambda: load_model(tmp_path, 'both'), '--weights=both')
+    model, info = load_model(tmp_path)
+    assert equal(dict(model.state_dict()), dict(state['ema']))
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert info == info_of(model, step=4, folder=str(tmp_path))
 
 
 def test_old_step_files_go_and_nothing_else(tmp_path):
@@ -148,8 +148,9 @@ def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(torch, 'save', full)
-        refused(lambda: write_step(tmp_path, 5), 'cannot write a checkpoint', tmp_path, 'is kept')
+        refused(lambda: write_step(tmp_path, 5), f'cannot write {tmp_path}/step-', 'is kept')
     assert (tmp_path / 'last.pt').read_bytes() == before
+    assert not list(tmp_path.glob('*.tmp'))
 
     def bug(*args, **kwargs):
         raise ZeroDivisionError
@@ -159,6 +160,33 @@ def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch):
             m.setattr(checkpoint, name, bug)
             with pytest.raises(ZeroDivisionError):
                 load_model(tmp_path)
+
+
+def test_a_folder_has_one_run(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'a' / 'out'
+    lock = lock_folder(folder)
+    who = [folder, f'host {socket.gethostname()}', f'process {os.getpid()}', 'since 2']
+    refused(lambda: lock_folder(folder), *who)
+    lock.close()
+    lock_folder(folder).close()
+
+    def no_locks(file, kind):
+        raise OSError(errno.ENOLCK, 'no locks here')
+
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
+    lock_folder(folder).close()
+    assert f'{folder} cannot be locked (no locks here)' in capsys.readouterr().out
+
+
+FOREIGN = ['not JSON', '[1]', '7', '{}', '{"step": "x"}', '{"step": null}', '', 'x"}', '\0}', '\xff}']
+
+
+@pytest.mark.parametrize('line', FOREIGN)
+def test_the_log_keeps_its_own_lines(tmp_path, line):
+    (tmp_path / 'log.jsonl').write_text(f'{{"step": 3}}\n{line}\n{{"step": 4}}\n{{"step": 5}}\n'
+                                        '{"step": 2, "lo', 'latin1')
+    open_log(tmp_path, 4).close()
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 3}\n{"step": 4}\n'
 
 
 # -------------------------------------------------------------------------------------------------
@@ -205,8 +233,9 @@ def test_a_wrong_field_is_named(tmp_path):
     for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {})):
         write_model(tmp_path, model.state_dict(), info_of(model, **{entry: value}), tmp_path)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json')
-    write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
-    rewrite(tmp_path, dropout='leave out')
+    older = asdict(model.config)
+    del older['dropout']
+    write_model(tmp_path, model.state_dict(), info_of(model) | dict(model=older), tmp_path)
     assert load_model(tmp_path)[0].config.dropout == DiTConfig.dropout
 
 
@@ -221,13 +250,40 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused(lambda: load_model(tmp_path), tmp_path, 'Missing', name)
 
 
+@pytest.mark.parametrize('other', [dict(model=asdict(DiTConfig(256, 16, 1, 4, 16, 8))),
+                                   dict(data=DATA | dict(tokenizer='another', eos_id=1))])
+def test_weights_beside_another_config_are_refused(tmp_path, other):
+    """As files copied from two runs: the shapes fit, and the tokenizer has as many tokens."""
+    model = network()
+    write_model(tmp_path, model.state_dict(), info_of(model, settings={}), tmp_path)
+    mine = (tmp_path / 'model.safetensors').read_bytes()
+    write_model(tmp_path, model.state_dict(), info_of(model) | other, tmp_path)
+    load_model(tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes(mine)
+    refused(lambda: load_model(tmp_path), tmp_path, 'not of one run')
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
+    model = network()
+    write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
+    model.output_layer.linear.bias[7] = bad
+    refused(lambda: write_model_of(model, tmp_path), tmp_path, 'not finite')
+
+
+def write_model_of(model, folder):
+    """Written by other code, which does not look."""
+    write_model(folder, model.state_dict(), info_of(model), folder)
+    load_model(folder)
+
+
 def test_damaged_weights_are_noticed(tmp_path):
     model = network()
     write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
     path = tmp_path / 'model.safetensors'
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused(lambda: load_model(tmp_path), path, 'damaged')
+    refused(lambda: load_model(tmp_path), tmp_path, 'damaged')
     path.write_bytes(whole[:-100])
     refused(lambda: load_model(tmp_path), path)
     path.write_bytes(whole)
@@ -266,7 +322,7 @@ def test_a_run_is_a_repository_of_the_hub(work, tmp_path):
     result = [log(work / 'out', f'val_{x}')[-1] for x in ('loss', 'error')]
     assert card.startswith('---\n') and 'pipeline_tag: text-generation\n' in card.split('---\n')[1]
     assert f'{result[0]:.4f} +- {result[1]:.4f}' in card
-    assert 'python train.py --dataset=tiny' in card and '22,608 tokens' in card
+    assert '    python train.py ' in card and '22,608 tokens' in card
     env = os.environ | hub_cache(tmp_path, 'me/tiny', work / 'out')
     said = [good(run(work, 'sample.py', '--steps=2', '--num_samples=1', more, env=env))
             for more in ('--init_from=hf:me/tiny', '--out_dir=out')]
@@ -283,15 +339,16 @@ def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
     shutil.copytree(work / 'out', tmp_path / 'out')
     card = tmp_path / 'out' / 'README.md'
 
+    figures = {f'val_{name}': 2.5 for name in ('loss', 'ppl', 'bpb')} | dict(val_error=math.nan)
+    defaults = json.loads((tmp_path / 'out' / 'config.json').read_text())['settings']
+
     def again():
-        arguments = ['--init_from=resume', '--out_dir=my run']
-        write_card(str(tmp_path / 'out'), arguments, 8)
+        write_card(str(tmp_path / 'out'), figures, defaults | dict(out_dir='', n_head=0))
 
     text = card.read_text().replace('# license: mit    (to be', 'license: gpl')
-    card.write_text(text.replace('+-', '?'))
+    card.write_bytes(text.replace('+-', '?').encode() + b'\xff')  # one that is no UTF-8
     again()
-    command = "torchrun --nproc_per_node=8 train.py --init_from=resume '--out_dir=my run'\n"
-    parts = ('\nlicense: gpl', '+-', command)
+    parts = ('\nlicense: gpl', '2.5000 +- nan', 'python train.py --out_dir=out --n_head=2\n')
     assert all(part in card.read_text() for part in parts)
     card.write_text('of my own')
     again()

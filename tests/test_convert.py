@@ -317,5 +317,5 @@ def test_going_on_from_a_model_of_theirs(work, tmp_path):
     assert '31 network calls' in said
     said = good(run(tmp_path, 'eval.py', '--init_from=ar', '--dataset=tiny', env=env))
     assert json.loads(said.splitlines()[-1])['objective'] == 'ar'
-    one_line(run(tmp_path, 'train.py', *more, '--n_embd=32', '--out_dir=never', env=env),
-             'another model')
+    one_line(run(tmp_path, 'train.py', *more, '--objective=mdlm', '--out_dir=never', env=env),
+             'duo is a network for duo, not for mdlm')

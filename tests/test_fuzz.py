@@ -339,7 +339,7 @@ def test_weights(home):
     out = home / 'out'
     whole, weights = files(out), load_model(str(out))[0].state_dict()
     with safe_open(out / 'model.safetensors', 'pt') as file:
-        told = f'"weights_sha256":"{file.metadata()["weights_sha256"]}"'.encode()
+        told = f'"sha256":"{file.metadata()["sha256"]}"'.encode()
 
     @fuzz(0.1)
     @given(damaged(whole['model.safetensors']))

@@ -53,7 +53,7 @@ def test_a_broken_log_is_one_line(tmp_path):
     (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
     one_line(run(tmp_path, 'plot.py', '.'), 'no validation')
     (tmp_path / 'log.jsonl').write_text('{"step": 1, "lo')
-    one_line(run(tmp_path, 'plot.py', '.'), 'log.jsonl')
+    one_line(run(tmp_path, 'plot.py', '.'), 'no validation')
 
 
 def test_a_run_with_steps_that_had_no_loss_is_drawn(runs, tmp_path):
@@ -63,7 +63,8 @@ def test_a_run_with_steps_that_had_no_loss_is_drawn(runs, tmp_path):
         dict(step=2, loss=3.0),
         dict(step=2, val_loss=4.0, val_error=None),
     ]
-    (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    foreign = ['', 'by hand', '7', '[1]', '{}', '\0}', '{"step": 3, "lo']
+    (tmp_path / 'log.jsonl').write_text('\n'.join([*map(json.dumps, records), *foreign]))
     good(run(tmp_path, 'plot.py', '.'))
     assert is_picture(tmp_path / 'curve.png')
 

@@ -1,4 +1,5 @@
 """Runs that are killed, pre-empted, resized and fed with bad numbers, through the command line."""
+import io
 import json
 import signal
 import socket
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint import load_state, step_files
+from device import say
 from helpers import (ROOT, TINY, checkpoint, equal, good, log, one_line, project_with, rewind,
                      run_here, run_ranks, wrapped_loss)
 
@@ -50,6 +52,79 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
     steps = [json.loads(line)['step'] for line in open(work / 'stormy' / 'log.jsonl')]
     assert steps == sorted([*range(5, 601, 5), 250, 500, 600])           # none twice, none lost
     assert log(work / 'calm', 'val_loss') == log(work / 'stormy', 'val_loss')
+
+
+def test_a_second_signal_stops_at_once(work, tmp_path):
+    """The first says what is being finished, here a validation that takes a minute."""
+    script = project_with(tmp_path, '''
+def evaluate(*args):
+    say('step')
+    time.sleep(60)
+''')
+    train = subprocess.Popen(
+        [sys.executable, script, *QUICK, '--eval_interval=2', '--log_interval=99',
+         '--out_dir=twice'], cwd=work, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_a_step(train)
+    train.send_signal(signal.SIGINT)
+    assert train.stdout.readline().startswith('SIGINT: finishing the validation')
+    train.send_signal(signal.SIGINT)
+    said = train.stdout.read()
+    assert train.wait(timeout=30) == 130 and said == 'SIGINT: stopped at once\n', said
+    assert not list((work / 'twice').glob('*.tmp'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_final_samples(work, tmp_path, number):
+    script = project_with(tmp_path, '')
+    (tmp_path / 'sample.py').write_text("import time\nprint('step', flush=True)\ntime.sleep(60)")
+    train = subprocess.Popen(
+        [sys.executable, script, *TINY, '--max_iters=2', '--log_interval=99', '--eval_interval=99',
+         '--init_from=auto', '--out_dir=texts'], cwd=work, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    for line in train.stdout:                            # 'step 2: val loss', then sample.py's
+        if line == 'step\n':
+            break
+    train.send_signal(number)
+    said = train.stdout.read()                           # to its end: sample.py is gone as well
+    assert train.wait(timeout=30) == 128 + number and said == f'{number.name}: stopped at once\n'
+    assert checkpoint(work / 'texts')['step'] == 2
+
+
+def test_a_folder_with_a_living_run_is_left_alone(work):
+    """Whatever a second run would do there. The kernel unlocks it when the first is killed."""
+    args = [*QUICK, '--out_dir=alive', '--max_iters=100000', '--checkpoint_interval=1']
+    first = subprocess.Popen([sys.executable, ROOT / 'train.py', *args], cwd=work, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_a_step(first)
+    for start in ('scratch', 'resume', 'auto'):
+        done = run_here(work, 'train.py', *args, f'--init_from={start}')
+        one_line(done, 'alive is in use', f'host {socket.gethostname()}', f'process {first.pid}')
+    good(run_here(work, 'train.py', *args, '--eval_only'))
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert not list(work.glob('alive-*'))
+    step = checkpoint(work / 'alive')['step']
+    good(run_here(work, 'train.py', *args, f'--max_iters={step + 1}', '--init_from=auto'))
+
+
+@pytest.mark.parametrize('console', ['| head -1', '> /dev/full', '>&-'])
+def test_a_run_goes_on_without_its_console(work, console):
+    out = f'mute{len(console)}'
+    done = subprocess.run(
+        ['bash', '-c', f'"$@" {console}; exit $PIPESTATUS', '-', sys.executable, ROOT / 'train.py',
+         *TINY, '--max_iters=4', f'--out_dir={out}'], cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    assert done.stdout.count('\n') == ('head' in console)
+    assert log(work / out, 'step') == [1, 2, 3, 4, 4]
+    assert checkpoint(work / out)['step'] == 4
+
+
+def test_a_terminal_of_few_letters(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
+    say('naïve')
+    assert raw.getvalue() == b"'na\\xefve'\n"
 
 
 def test_torchrun_passes_the_signal_on(work):
@@ -214,7 +289,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(work, tmp_path)
     done = subprocess.run(
         ['bash', '-c', 'ulimit -f 200; exec "$@"', '-', sys.executable, ROOT / 'train.py', *QUICK,
          f'--out_dir={out}', '--init_from=resume'], cwd=work, capture_output=True, text=True)
-    one_line(done, 'cannot write a checkpoint into')
+    one_line(done, 'cannot write', 'is kept')
     assert (out / 'last.pt').read_bytes() == before
     assert load_state(out)['step'] == 8
 

@@ -1,7 +1,11 @@
 """train.py as users run it, and its functions."""
 import json
 import math
+import re
+import shlex
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ import diffusion
 import sample
 import train
 from checkpoint import load_model
+from configurator import configure
 from data import epoch_rows, get_rows, load_data, num_rows
 from diffusion import (consistency_pair, nelbo, noise_schedule, q_sample, soft_tokens,
                        stratified_times, transform)
@@ -67,8 +72,9 @@ def test_a_run_leaves_what_it_should(work):
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run(work):
-    """Stopped inside the curriculum, with dropout, two micro-batches a step; in a new process."""
-    args = [*QUICK, '--gradient_accumulation_steps=2']
+    """Stopped inside the curriculum and between two lines of the log, with dropout, two
+    micro-batches a step; in a new process."""
+    args = [*QUICK, '--gradient_accumulation_steps=2', '--log_interval=3', '--checkpoint_interval=5']
     good(run_here(work, 'train.py', *args, '--out_dir=whole', '--keep_last=99'))
     rewind(work / 'whole', work / 'parts', 4)
     resume = [*args, '--out_dir=parts', '--init_from=resume']
@@ -77,6 +83,14 @@ def test_a_resumed_run_is_bit_for_bit_the_run(work):
     same_bits(work / 'whole', work / 'parts', 'val_loss')
     for key in ('loss', 'val_loss', 'step'):
         assert log(work / 'whole', key) == log(work / 'parts', key)
+    for key in ('val_loss', 'total', 'good'):            # at step 5, of step 4
+        a, b = (torch.load(work / folder / 'step-00000005.pt') for folder in ('whole', 'parts'))
+        assert a[key] == b[key] is not None
+    # the card's command makes this run, not the resumed part of it
+    (command,) = re.findall('^    python (train.py.*)', (work / 'parts/README.md').read_text(), re.M)
+    settings = json.loads((work / 'parts/config.json').read_text())['settings']
+    assert configure(vars(train), (), shlex.split(command)[1:]) == settings
+    assert settings['init_from'] == 'scratch' and settings['keep_last'] == 98
     refused = run_here(work, 'train.py', *resume, '--n_embd=64')
     one_line(refused, 'another model', 'n_embd')
 
@@ -98,7 +112,11 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
     (['--init_from=there'], ['there']),
-    (['--init_from=out', '--n_embd=64'], ['out', 'another model']),
+    (['--init_from=out', '--objective=ar'], ['out is a network for duo, not for ar']),
+    (['--init_from=out', '--dataset=bpe'], ['bytes of 256', 'bpe of 300', 'out/tokenizer.json']),
+    ([f'--seed={2**64}'], ['seed']),
+    ([f'--batch_size={10**9}'], ['batch_size']),
+    (['--device=cpu:abc'], ['cpu:abc']),
     (['--objective=dcd'], ['--init_from']),
     (['--objective=dcd', '--init_from=auto'], ['auto:MODEL']),
     (['--objective=dcd', '--init_from=out', '--dcd_rounds=11'], ['dcd_delta', '11 rounds']),
@@ -118,9 +136,79 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--block_size=100000'], ['tokens', 'block_size']),
     (['--n_head=3'], ['n_embd']),
     (['--learning_rate=fast'], ['float'])])
-def test_train_refuses_in_one_line(work, args, parts):
+def test_train_refuses_in_one_line(work, bpe, args, parts):
     one_line(run_here(work, 'train.py', *TINY, '--out_dir=never', *args), *parts)
     assert not (work / 'never' / 'last.pt').exists()
+
+
+@pytest.fixture(scope='module')
+def bpe(work):
+    """The text of `work` once more, with another tokenizer."""
+    good(run_here(work, 'prepare.py', 'tiny.txt', '--name=bpe', '--vocab_size=300'))
+
+
+def test_a_model_of_other_sizes_is_trained_on_another_text(work):
+    """Its sizes count, not those of the command; a resume needs nothing but the same command."""
+    (work / 'more.txt').write_text((work / 'tiny.txt').read_text()[::-1])
+    good(run_here(work, 'prepare.py', 'more.txt', '--tokenizer', 'bytes'))
+    args = [*QUICK, '--dataset=more', '--out_dir=tuned', '--n_embd=64', '--n_layer=2',
+            '--block_size=16', '--init_from=auto:out', '--max_iters=4', *EVERY_STEP]
+    said = good(run_here(work, 'train.py', *args))
+    assert '1 layers of 32' in said
+    info = json.loads((work / 'tuned' / 'config.json').read_text())
+    assert info['model']['n_embd'] == info['settings']['n_embd'] == 32
+    assert info['model']['block_size'] == info['settings']['block_size'] == 16
+    assert info['settings']['init_from'] == 'out'
+    first = torch.load(work / 'tuned' / 'step-00000001.pt')
+    far = {name: (w - first['weights'][name]).abs().max() for name, w in
+           checkpoint(work / 'out')['ema'].items()}
+    assert max(far.values()) < 1e-3                      # one step from where it began
+    rewind(work / 'tuned', work / 'retuned', 2)
+    good(run_here(work, 'train.py', *args, '--out_dir=retuned'))
+    same_bits(work / 'tuned', work / 'retuned')
+
+
+def test_a_failing_compiler_is_one_line_and_the_same_run(work, tmp_path):
+    """As on a GPU that Triton does not know: eager from there on."""
+    script = project_with(tmp_path, '''
+def broken(graph, inputs):
+    raise RuntimeError('this GPU is too old')
+
+
+torch.compile = partial(torch.compile, backend=broken)
+''')
+    args = [*QUICK, '--max_iters=2', '--out_dir=eager']
+    said = good(run(work, script, *args, '--compile'))
+    assert 'too old' in said and said.count('going on without it') == 1
+    good(run_here(work, 'train.py', *args[:-1], '--out_dir=never-compiled'))
+    assert log(work / 'eager') == log(work / 'never-compiled')
+
+
+def test_a_clock_that_stands_still(work, tmp_path):
+    script = project_with(tmp_path, '''
+class time:
+    monotonic = staticmethod(lambda: 7.0)
+''')
+    good(run_here(work, script, *QUICK, '--max_iters=2', '--out_dir=still'))
+    assert all(map(math.isfinite, log(work / 'still', 'tokens_per_s')))
+
+
+def test_the_window_of_the_curriculum_is_told(work, tmp_path):
+    """alpha, against a simulation; a warning where hardly a token is noise."""
+    args = [*QUICK, '--eval_only', '--out_dir=never']
+    (line,) = re.findall('^curriculum: .*', good(run_here(work, 'train.py', *args)), re.M)
+    told = [float(x) for x in re.findall(r'0\.\d+', line)]
+    torch.manual_seed(0)
+    noise = torch.randn(20_000, 256)
+    for gamma, alpha in zip((-3.5, -2.25), told, strict=True):
+        a, s = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+        stays = (a + s * noise[:, 0] > s * noise[:, 1:].amax(1)).double()
+        mean, error = mean_and_error(stays)
+        assert abs(mean - (alpha + (1 - alpha) / 256)) < 4 * error
+    assert 'little noise' in line
+    said = good(run_here(work, 'train.py', *args, '--gamma_max=-1.75'))
+    assert 'curriculum: ' in said and 'little noise' not in said
+    assert 'curriculum: ' not in good(run_here(work, 'train.py', *args, '--curriculum_frac=0'))
 
 
 def test_a_mistake_is_one_line_on_stderr(work):
@@ -166,6 +254,63 @@ torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
     assert state['skipped'] == count and state['scaler']['scale'] == 2.0 ** (24 - count)
     (adamw,) = state['optimizers']
     assert all(s['step'] == 12 - count for s in adamw['state'].values())
+
+
+PLAIN_SGD = '''
+def build_optimizer(model):
+    return [torch.optim.SGD(model.parameters(), lr=1e-3)]
+'''
+
+
+def test_a_step_is_the_gradient_of_the_whole_batch(work, tmp_path):
+    """Two steps of two micro-batches, the documents padded, against autograd of the literal loss:
+    which rows and times are taken, what is masked, by how much is divided."""
+    meta = load_data(work / 'data/tiny')[0]
+    padded = work / 'data' / 'padded'
+    shutil.copytree(work / 'data/tiny', padded)
+    for split in ('train', 'val'):
+        count = meta[f'{split}_tokens']
+        np.array([*range(0, count, 23), count], np.uint64).tofile(padded / f'{split}.idx')
+    (padded / 'meta.json').write_text(json.dumps(meta | dict(pad_id=1)))
+    script = project_with(tmp_path, PLAIN_SGD)
+    good(run_here(work, script, *QUICK, *EVERY_STEP, '--dataset=padded', '--init_from=out',
+                  '--out_dir=sgd', '--max_iters=2', '--batch_size=3', '--dropout=0', '--grad_clip=0',
+                  '--gradient_accumulation_steps=2', '--warmup_iters=0', '--curriculum_frac=0'))
+
+    model = load_model(work / 'out')[0].requires_grad_(True)
+    stream = load_data(padded)[1]['train']
+    order = np.random.default_rng([1337, 0]).permutation(len(stream[1]) - 1)
+    for step in (0, 1):
+        x0 = torch.from_numpy(get_rows(stream, order[6 * step:6 * step + 6], 32,
+                                       meta | dict(pad_id=1)))
+        offset = np.random.default_rng([1337, step]).random()
+        loss = 0
+        for m in (0, 1):
+            rows = torch.arange(3 * m, 3 * m + 3)
+            alpha = 1 - 0.999 * (0.001 + 0.999 * ((offset + rows.double()[:, None]) / 6 % 1))
+            seed = np.random.SeedSequence([1337, step, m]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed))
+            clean = x0[rows]
+            xt = q_sample(clean, alpha.float(), 256)
+            logits = model(xt, -alpha.float().log()).double()
+            nats = literal_nelbo(logits, xt, clean, alpha, torch.full_like(alpha, -0.999))
+            loss += nats[clean != 1].mean() / 2
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        after = torch.load(work / 'sgd' / f'step-{step + 1:08}.pt')['weights']
+        for (name, w), grad in zip(model.named_parameters(), grads, strict=True):
+            moved = (w.detach() - after[name]) / 1e-3
+            assert (moved - grad).abs().max() < 1e-2 * grad.abs().max() + 1e-3, (step, name)
+        model.load_state_dict(after)
+
+
+@pytest.mark.parametrize('enabled', [False, True])
+def test_gradients_are_clipped_at_their_own_scale(enabled):
+    """Not at a GradScaler's."""
+    w = torch.zeros(4, requires_grad=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.0, enabled=enabled)
+    scaler.scale(5 * w.sum()).backward()                 # the norm of the gradient is 10
+    train.clip_and_step([torch.optim.SGD([w], lr=1.0)], scaler, [w])
+    assert torch.allclose(w, torch.full((4,), -0.5))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,11 +553,12 @@ def test_the_ema_remembers_no_gradients():
         assert torch.allclose(w, expected[name], atol=1e-7) and not w.requires_grad
 
 
-@pytest.mark.parametrize('bad', [math.inf, math.nan])
+@pytest.mark.parametrize('bad', [math.inf, math.nan, 1e30])
 @pytest.mark.parametrize('enabled', [False, True])
 @pytest.mark.parametrize('fused', [False, True])
 def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, fused):
-    """With a GradScaler, which looks at each optimiser by itself, and without."""
+    """With a GradScaler, which looks at each optimiser by itself, and without. 1e30 is finite, but
+    the norm of the gradients is not."""
     w, v = torch.ones(3, 3, requires_grad=True), torch.ones(3, requires_grad=True)
     optimizers = [torch.optim.Muon([w]), torch.optim.AdamW([v], fused=fused)]
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0, enabled=enabled)
@@ -426,7 +572,7 @@ def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, fus
             assert p.isfinite().all() and p.grad is None
             assert torch.equal(p, old) == (step == 1)
             assert (str(optimizer.state) == state) == (step == 1)
-    assert scaler.get_scale() == (2.0 if enabled else 1.0)
+    assert scaler.get_scale() == (1.0 if not enabled else 4.0 if bad == 1e30 else 2.0)
 
 
 def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
