@@ -25,7 +25,7 @@ from checkpoint import load_model
 from configurator import UserError, check, configure, run
 from data import load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, head_losses, masked_reverse_step, noise_schedule, reverse_step,
+from diffusion import (categorical, denoiser, gibbs_step, head_losses, masked_reverse_step, noise_schedule, reverse_step,
                        time_of_alpha, top_p_filter)
 
 # --- what to sample
@@ -47,6 +47,9 @@ SAMPLER_OPTIONS = dict(
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
     psi='rescale',           # kind of psi: 'rescale', 'cap', 'loop'. Published, at 256 steps:
     eta=0.05,                # rescale with eta 0.05, top_p 0.9; cap 0.01, 0.9; loop 0.01, 0.95
+    redraws=5.0,             # informed: how often a token is redrawn on average; more: less diverse
+    alpha_min=0.3,           # informed: how clean a text it is taken for, at first
+    alpha_max=0.99,          # and at last
 )
 # --- where to
 watch = False                # show the first text while it denoises
@@ -156,7 +159,34 @@ def unmask(step, xt, mask_id, steps, **_):
         yield xt
 
 
-SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
+def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_):
+    """Corrects instead of denoising: at a level alpha that rises from alpha_min to alpha_max, each
+    call redraws a share of the places, the most surprising ones, from q_i = alpha p_i +
+    (1 - alpha)/K (see gibbs_step); the last call removes the noise. The share falls linearly, and
+    the shares sum to redraws: a place is redrawn so many times on average (where steps allows it).
+
+    With one place chosen at random the move is exact: it leaves the network's distribution of noisy
+    text at alpha as it is. Many places at once, chosen by surprise, make text that is likelier and
+    less diverse, the more so the larger redraws is.
+    """
+    free = (~fixed).sum(-1, keepdim=True)                                  # (B,1)
+    for i, alpha in enumerate(ramp(alpha_min, alpha_max, steps).tolist()):
+        share = min(1, redraws * (2 * (steps - i) - 1) / steps ** 2)
+        surprises = []
+
+        def draw(logits, x):             # (n,K), (n,) -> (n,)
+            tokens, surprise = gibbs_step(logits, x, alpha)
+            surprises.append(surprise)
+            return tokens
+        xs = step(xt, alpha, draw)
+        surprise = torch.cat(surprises).view_as(fixed).masked_fill(fixed, -torch.inf)
+        rank = surprise.argsort(descending=True).argsort()
+        xt = torch.where(rank < share * free, xs, xt)
+        yield xt
+    yield from denoise_along(step, xt, ramp(alpha_max, alpha_max, 1), torch.ones(0), greedy)
+
+
+SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler, informed=informed)
 
 
 def shape_logits(logits, temperature, top_p, **_):
@@ -202,7 +232,7 @@ def denoise(loaded, xt, fixed=None, **options):
     elif info['objective'] == 'mdlm':
         yield from unmask(step, xt, vocab_size, **o)
     else:
-        yield from SAMPLERS[o['sampler']](step, xt, **o)
+        yield from SAMPLERS[o['sampler']](step, xt, fixed=fixed, **o)
 
 
 def check_options(info, options):
