@@ -426,9 +426,9 @@ def gibbs_step(logits, xt, alpha):
     """Draws (...) ~ q = alpha softmax(logits (...,K)) + (1 - alpha)/K, and how surprising it makes
     xt (...) itself: log max q - log q(xt), nats.
 
-    Duo's optimal network gives p(x0_i | the noisy tokens at all other places) (arXiv 2605.22765), so
-    q is the distribution of the noisy token i given all others: redrawing one place from it is a
-    Gibbs move.
+    Duo's optimal network gives p(x0_i | the noisy tokens at all other places) (arXiv 2605.22765),
+    so q is the distribution of the noisy token i given all others: redrawing one place from it is
+    a Gibbs move.
     """
     K = logits.size(-1)
     p = logits.softmax(-1)
