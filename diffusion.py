@@ -430,20 +430,15 @@ def gibbs_step(logits, xt, alpha):
     so q is the distribution of the noisy token i given all others: redrawing one place from it is
     a Gibbs move.
     """
-    K = logits.size(-1)
-    p = logits.softmax(-1)
-    p_t = p.gather(-1, xt.unsqueeze(-1)).squeeze(-1)
-    low = (1 - alpha) / K
-    surprise = torch.log((alpha * p.amax(-1) + low) / (alpha * p_t + low))
-    predicted = torch.rand_like(p_t) < alpha
-    return torch.where(predicted, categorical(p), torch.randint_like(xt, K)), surprise
+    q = alpha * logits.softmax(-1) + (1 - alpha) / logits.size(-1)
+    q_t = q.gather(-1, xt.unsqueeze(-1)).squeeze(-1)
+    return categorical(q), torch.log(q.amax(-1) / q_t)
 
 
 def denoiser(logits, xt, alpha):
     """Logits (...,K) of p(x0 | xt), all tokens seen, from the network's, which are those of
     p(x0_i | the others): xt itself counts, by K q(xt|x0) = K alpha [x0 = xt] + 1 - alpha."""
-    K = logits.size(-1)
-    seen = torch.full_like(logits[..., :1], K * alpha / (1 - alpha)).log1p()
+    seen = torch.full_like(logits[..., :1], logits.size(-1) * alpha / (1 - alpha)).log1p()
     return logits.scatter_add(-1, xt.unsqueeze(-1), seen)
 
 

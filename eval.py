@@ -15,13 +15,14 @@ JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot.py --gen draws.
 """
 import json
 import math
+import sys
 import time
 from itertools import groupby
 
 import numpy as np
 import torch
 
-from checkpoint import load_model, read_config
+from checkpoint import append_log, load_model, read_config
 from configurator import UserError, configure, run
 from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
@@ -68,19 +69,18 @@ def likelihood(model, info, rank, world):
     if not same_tokenizer(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
     stream = data[split]
-    # 1. ROWS, each drawn several times; shuffled, as the times grow with a row's number
+    # 1. ROWS, shuffled, as the times grow with a row's number
     n_rows = num_rows(stream, block_size)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
-    n = len(rows) * draws
-    order = np.random.default_rng(seed).permutation(n)
+    np.random.default_rng(seed).shuffle(rows)
 
-    def get_rows(numbers):
-        return get_batch(stream, rows[order[numbers] % len(rows)], block_size, meta, device)
+    def get_rows(numbers):               # all rows, `draws` times over
+        return get_batch(stream, rows.take(numbers, mode='wrap'), block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, meta['vocab_size'], get_rows, n, batch_size, meta['pad_id'],
-                    device, rank, world)
-    nats = nats[np.argsort(order)].view(draws, -1).mean(0)
+    nats = evaluate(model, objective, meta['vocab_size'], get_rows, len(rows) * draws, batch_size,
+                    meta['pad_id'], device, rank, world)
+    nats = nats.view(draws, -1).mean(0)
     line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
@@ -189,20 +189,15 @@ def judge_samples(loaded, autocast):
                 sampler=describe_sampler(trial | {'temperature': 1.0}),
                 gen_ppl=torch.tensor(nats, dtype=torch.float64).mean().exp().item(),
                 samples_per_s=num_samples / seconds)
-            check_finite(r)
+            if not math.isfinite(r['gen_ppl']):
+                raise UserError(f'--gen_ppl={gen_ppl}: the judge finds a perplexity of '
+                                f'{r["gen_ppl"]}')
             results.append(r)
             print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
                   f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
                   f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
-            file.write(json.dumps(r) + '\n')
+            append_log(file, r)
     return results
-
-
-def check_finite(figures):
-    """UserError where one is not: what is printed and written is JSON, which knows no NaN."""
-    for name, value in figures.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f'{name} is {value}: the weights, or --dtype={dtype}, are not fit for it')
 
 
 def main():
@@ -214,13 +209,12 @@ def main():
     if gen_ppl:
         if world > 1:
             raise UserError('--gen_ppl runs in one process: start it without torchrun')
-        result = judge_samples(load(out_dir, device), autocast)
-    else:
-        with autocast:
-            result = likelihood(*load_model(out_dir, device=device), rank, world)
-        check_finite(result)
+        print(json.dumps(judge_samples(load(out_dir, device), autocast)))
+        return
+    with autocast:
+        result = likelihood(*load_model(out_dir, device=device), rank, world)
     if rank == 0:
-        print(json.dumps(result))
+        append_log(sys.stdout, result)
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -240,17 +240,17 @@ def denoise(loaded, xt, fixed=None, **options):
 def choose_sampler(info, options):
     """SAMPLER_OPTIONS changed by options, with the sampler chosen; UserError where they cannot be.
     """
-    unknown = sorted(options.keys() - SAMPLER_OPTIONS.keys())
-    if unknown:
-        raise UserError(f'{unknown[0]} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
+    for name in options.keys() - SAMPLER_OPTIONS.keys():
+        raise UserError(f'{name} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
     o = SAMPLER_OPTIONS | options
     check(o, SAMPLER_CHECKS)
-    is_duo = info['objective'] == 'duo'
-    if o['sampler'] == 'auto':
-        o['sampler'] = 'informed' if is_duo else 'ancestral'
-    if o['sampler'] != 'ancestral' and not is_duo:
-        raise UserError(f'--sampler={o["sampler"]} is for a Duo, not for this '
-                        f'{info["objective"]} model')
+    if info['objective'] != 'duo':
+        if o['sampler'] not in ('auto', 'ancestral'):
+            raise UserError(f'--sampler={o["sampler"]} is for a Duo, not for this '
+                            f'{info["objective"]} model')
+        o['sampler'] = 'ancestral'
+    elif o['sampler'] == 'auto':
+        o['sampler'] = 'informed'
     return o
 
 
@@ -293,16 +293,13 @@ def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
     model, tokenizer, info = loaded
     data = info['data']
     length = text_length(info, length, len(prompts) * num_samples)
-    longest = len(suffix) + max(map(len, prompts))
-    if longest > 100 * length:               # no need to tokenise it
-        raise UserError(f'a prompt and suffix of {longest} characters are too long for {length} '
-                        'tokens')
     if suffix and info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead to a suffix: give a prompt only')
-    end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
+    encode = lambda text: tokenizer.encode(text[:1000 * length])   # no token is that long
+    end = encode(suffix) + [data['eos_id']] if suffix else []
     rows = []
     for prompt in prompts:
-        begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
+        begin = [data['bos_id']] + encode(prompt) if prompt else []
         n_free = length - len(begin) - len(end)
         if n_free < 1:
             raise UserError(f'prompt and suffix take {length - n_free} tokens of {length}: shorten '
