@@ -48,8 +48,8 @@ SAMPLER_OPTIONS = dict(
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
     psi='rescale',           # kind of psi: 'rescale', 'cap', 'loop'. Published, at 256 steps:
     eta=0.05,                # rescale with eta 0.05, top_p 0.9; cap 0.01, 0.9; loop 0.01, 0.95
-    redraws=5.0,             # informed: how often a token is redrawn on average; more: less diverse
-    alpha_min=0.3,           # informed: how clean a text it is taken for, at first
+    redraws=3.0,             # informed: how often a token is redrawn on average; more: less diverse
+    alpha_min=0.8,           # informed: how clean a text it is taken for, at first
     alpha_max=0.99,          # and at last
 )
 # --- where to

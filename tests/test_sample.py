@@ -124,7 +124,7 @@ def test_the_network_is_told_the_noise_of_its_input(options, steps=7):
 
 def informed_alphas(steps):
     """The last is that of the call that removes the noise."""
-    return torch.linspace(0.3, 0.99, steps + 1, dtype=torch.float64)
+    return torch.linspace(0.8, 0.99, steps + 1, dtype=torch.float64)
 
 
 def test_a_masked_model_is_told_no_noise():
