@@ -173,7 +173,7 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
             surprises.append(surprise)
             return tokens
         xs = step(xt, alpha, draw)
-        surprise = torch.cat(surprises).view_as(xt).masked_fill(fixed, -torch.inf)
+        surprise = torch.cat(surprises).view_as(xt).masked_fill(fixed, -1)
         rank = surprise.argsort(descending=True).argsort()
         xt = torch.where(rank < share * n_free, xs, xt)
         yield xt
