@@ -462,6 +462,26 @@ def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):
     return torch.where(u < stay, xt, moved)
 
 
+def gibbs_step(logits, xt, alpha):
+    """Draws (...) ~ q = alpha softmax(logits (...,K)) + (1 - alpha)/K, and how surprising it makes
+    xt (...) itself: log max q - log q(xt), nats.
+
+    Duo's optimal network gives p(x0_i | the noisy tokens at all other places) (arXiv 2605.22765),
+    so q is the distribution of the noisy token i given all others: redrawing one place from it is
+    a Gibbs move.
+    """
+    q = alpha * logits.softmax(-1) + (1 - alpha) / logits.size(-1)
+    q_t = q.gather(-1, xt.unsqueeze(-1)).squeeze(-1)
+    return categorical(q), torch.log(q.amax(-1) / q_t)
+
+
+def denoiser(logits, xt, alpha):
+    """Logits (...,K) of p(x0 | xt), all tokens seen, from the network's, which are those of
+    p(x0_i | the others): xt itself counts, by K q(xt|x0) = K alpha [x0 = xt] + 1 - alpha."""
+    seen = torch.full_like(logits[..., :1], logits.size(-1) * alpha / (1 - alpha)).log1p()
+    return logits.scatter_add(-1, xt.unsqueeze(-1), seen)
+
+
 def masked_reverse_step(logits, xt, alpha_s, alpha_t, mask_id):
     """xs (...) of MDLM's ancestral sampler: a mask becomes a token of softmax(logits (...,K)),
     those of the tokens alone, with probability (alpha_s - alpha_t) / (1 - alpha_t); a token stays.

@@ -9,27 +9,29 @@ Evaluate a model: the negative log-likelihood of held-out text, or a judge's vie
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
-and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options. The last
-line printed is JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot.py --gen draws.
+and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options; the
+sampler is the one that papers report, ancestral, unless another is named. The last line printed is
+JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot.py --gen draws.
 """
 import json
 import math
+import sys
 import time
 from itertools import groupby
 
 import numpy as np
 import torch
 
-from checkpoint import load_model, read_config
+from checkpoint import append_log, load_model, read_config
 from configurator import UserError, configure, run
 from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
-from sample import CHECKS, SAMPLER_OPTIONS, denoise, describe_sampler, load, sample_prior
+from sample import (CHECKS, SAMPLER_OPTIONS, choose_sampler, denoise, describe_sampler, load,
+                    sample_prior, text_length)
 
 out_dir = 'out'              # the model to evaluate, as train.py left it
 init_from = ''               # instead of out_dir: another folder, or hf:org/name
-weights = 'ema'              # 'ema', or 'raw': the weights as they were trained
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
 data_dir = 'data'
@@ -41,6 +43,7 @@ batch_size = 16
 gen_ppl = ''                 # the judge: the folder of an AR model, or a Hugging Face causal LM
 num_samples = 64
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
+sampler = 'ancestral'        # as published; see sample.py
 steps = '8,32,128'           # numbers of sampling steps, with commas between them
 temperature = '1.0'          # temperatures likewise
 seed = 1337
@@ -66,23 +69,25 @@ def likelihood(model, info, rank, world):
     if not same_tokenizer(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
     stream = data[split]
-    # 1. ROWS, each drawn several times; shuffled, as the times grow with a row's number
+    # 1. ROWS, shuffled, as the times grow with a row's number
     n_rows = num_rows(stream, block_size)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
-    n = len(rows) * draws
-    order = np.random.default_rng(seed).permutation(n)
+    np.random.default_rng(seed).shuffle(rows)
 
-    def get_rows(numbers):
-        return get_batch(stream, rows[order[numbers] % len(rows)], block_size, meta, device)
+    def get_rows(numbers):               # all rows, `draws` times over
+        return get_batch(stream, rows.take(numbers, mode='wrap'), block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, meta['vocab_size'], get_rows, n, batch_size, meta['pad_id'],
-                    device, rank, world)
-    nats = nats[np.argsort(order)].view(draws, -1).mean(0)
+    nats = evaluate(model, objective, meta['vocab_size'], get_rows, len(rows) * draws, batch_size,
+                    meta['pad_id'], device, rank, world)
+    nats = nats.view(draws, -1).mean(0)
     line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
         print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
+        if info['settings'].get('objective') == 'dcd':
+            print('this model is distilled, for few steps: the figure is not the perplexity of a '
+                  'language model')
     return dict(
         out_dir=out_dir,
         objective=objective,
@@ -151,11 +156,11 @@ def hub_judge(name, tokenizer, eos_id, device):
 def judge_samples(loaded, autocast):
     """Samples by each number of steps at each temperature, and their figures: a list of dicts."""
     info = loaded.info
-    T = length or info['model']['block_size']
+    T = text_length(info, length, num_samples)
     all_steps = [T - 1] if info['objective'] == 'ar' else steps.split(',')
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     try:
-        trials = [options | {'steps': int(n), 'temperature': float(t)}
+        trials = [choose_sampler(info, options | {'steps': int(n), 'temperature': float(t)})
                   for n in all_steps for t in temperature.split(',')]
     except ValueError:
         raise UserError(f'--steps={steps} --temperature={temperature}: give numbers with commas '
@@ -166,28 +171,32 @@ def judge_samples(loaded, autocast):
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
     folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
-    for trial in trials:
-        torch.manual_seed(seed)
-        began = time.time()
-        rows = []
-        for xt in sample_prior(info, (num_samples, T), device).split(batch_size):
-            with autocast:
-                for xt in denoise(loaded, xt, **trial):
-                    pass
-            rows += xt.tolist()
-        seconds = time.time() - began
-        r = trial | diversity(rows) | dict(
-            out_dir=out_dir,
-            judge=gen_ppl,
-            sampler=describe_sampler(trial | {'temperature': 1.0}),
-            gen_ppl=math.exp(torch.cat(list(judge(rows))).double().mean()),
-            samples_per_s=num_samples / seconds)
-        results.append(r)
-        print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
-              f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
-              f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
-        with open(f'{folder}/gen.jsonl', 'a') as file:
-            file.write(json.dumps(r) + '\n')
+    with open(f'{folder}/gen.jsonl', 'a', buffering=1) as file:
+        for trial in trials:
+            torch.manual_seed(seed)
+            began = time.time()
+            rows = []
+            for xt in sample_prior(info, (num_samples, T), device).split(batch_size):
+                with autocast:
+                    for xt in denoise(loaded, xt, **trial):
+                        pass
+                rows += xt.tolist()
+            seconds = time.time() - began
+            nats = [nat for scored in judge(rows) for nat in scored.flatten().tolist()]
+            r = trial | diversity(rows) | dict(
+                out_dir=out_dir,
+                judge=gen_ppl,
+                sampler=describe_sampler(trial | {'temperature': 1.0}),
+                gen_ppl=torch.tensor(nats, dtype=torch.float64).mean().exp().item(),
+                samples_per_s=num_samples / seconds)
+            if not math.isfinite(r['gen_ppl']):
+                raise UserError(f'--gen_ppl={gen_ppl}: the judge finds a perplexity of '
+                                f'{r["gen_ppl"]}')
+            results.append(r)
+            print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
+                  f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
+                  f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
+            append_log(file, r)
     return results
 
 
@@ -200,12 +209,12 @@ def main():
     if gen_ppl:
         if world > 1:
             raise UserError('--gen_ppl runs in one process: start it without torchrun')
-        result = judge_samples(load(out_dir, weights, device), autocast)
-    else:
-        with autocast:
-            result = likelihood(*load_model(out_dir, weights, device), rank, world)
+        print(json.dumps(judge_samples(load(out_dir, device), autocast)))
+        return
+    with autocast:
+        result = likelihood(*load_model(out_dir, device=device), rank, world)
     if rank == 0:
-        print(json.dumps(result))
+        append_log(sys.stdout, result)
     if world > 1:
         torch.distributed.destroy_process_group()
 

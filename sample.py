@@ -14,6 +14,7 @@ or, in a notebook:
     print(generate(model, 'def main():', steps=32)[0])
 """
 import json
+import sys
 import time
 from collections import namedtuple
 from functools import partial
@@ -25,13 +26,12 @@ from checkpoint import load_model
 from configurator import UserError, check, configure, run
 from data import load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, head_losses, masked_reverse_step, noise_schedule, reverse_step,
+from diffusion import (categorical, denoiser, gibbs_step, head_losses, masked_reverse_step, noise_schedule, reverse_step,
                        time_of_alpha, top_p_filter)
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
 init_from = ''               # instead of out_dir: another folder, or hf:org/name
-weights = 'ema'              # 'ema', or 'raw': the weights as they were trained, without averaging
 num_samples = 3              # texts, of each prompt
 length = 0                   # tokens in a text; 0: as many as the model was trained on
 prompt = ''                  # text to begin with; it stays as it is
@@ -40,13 +40,17 @@ prompts = ''                 # a file of prompts, one a line, instead
 seed = 1337
 # --- how: the samplers' options, also eval.py's settings and generate()'s keywords
 SAMPLER_OPTIONS = dict(
-    sampler='ancestral',     # 'ancestral', the paper's; for a Duo also 'psi', which corrects itself
+    sampler='auto',          # 'ancestral', the paper's; for a Duo also 'psi' and 'informed', which
+                             # correct earlier tokens; 'auto': informed for a Duo
     steps=128,               # network calls; the last noise takes one more (AR: one a token)
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
     top_p=1.0,               # draw from the likeliest tokens that hold this probability
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
     psi='rescale',           # kind of psi: 'rescale', 'cap', 'loop'. Published, at 256 steps:
     eta=0.05,                # rescale with eta 0.05, top_p 0.9; cap 0.01, 0.9; loop 0.01, 0.95
+    redraws=3.0,             # informed: how often a token is redrawn on average; more: less diverse
+    alpha_min=0.8,           # informed: how clean a text it is taken for, at first
+    alpha_max=0.99,          # and at last
 )
 # --- where to
 watch = False                # show the first text while it denoises
@@ -57,27 +61,19 @@ device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 
 T_END = 1e-5                 # the time from which the last call removes the noise that is left
-SAMPLER_CHECKS = [
-    ('steps', lambda v: v >= 1, 'at least 1'),
-    ('temperature', lambda v: v > 0, 'above 0'),
-    ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
-    ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
-    ('sampler', lambda v: v in SAMPLERS, 'ancestral or psi'),
-    ('psi', lambda v: v in ('rescale', 'cap', 'loop'), 'rescale, cap or loop'),
-]
 CHECKS = [
     ('num_samples batch_size', lambda v: v >= 1, 'at least 1'),
     ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
-    ('seed', lambda v: v >= 0, 'at least 0'),
+    ('seed', lambda v: 0 <= v < 2 ** 64, 'at least 0 and below 2^64'),
 ]
 
 
 Loaded = namedtuple('Loaded', 'model tokenizer info')      # info: config.json's
 
 
-def load(where='out', weights='ema', device='auto'):
+def load(where='out', device='auto'):
     """What the functions below take. where: a folder of train.py's, or hf:org/name."""
-    model, info = load_model(where, weights, pick_device(device))
+    model, info = load_model(where, device=pick_device(device))
     return Loaded(model, load_tokenizer(info['data'], info['folder']), info)
 
 # --------------------------------------------------------------------------------------------------
@@ -156,7 +152,44 @@ def unmask(step, xt, mask_id, steps, **_):
         yield xt
 
 
-SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler)
+def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_):
+    """Corrects instead of denoising: at a level alpha that rises from alpha_min to alpha_max, each
+    call redraws a share of the places, the most surprising ones, from q_i = alpha p_i +
+    (1 - alpha)/K (see gibbs_step); the last call removes the noise. The share falls linearly, and
+    the shares sum to redraws: a place is redrawn so many times on average (where steps allows it).
+
+    With one place chosen at random the move is exact: it leaves the network's distribution of noisy
+    text at alpha as it is. Many places at once, chosen by surprise, make text that is likelier and
+    less diverse, the more so the larger redraws is.
+    """
+    alphas = ramp(alpha_min, alpha_max, steps + 1)
+    shares = redraws * ramp(2, 0, steps + 1) / (steps + 1)
+    n_free = (~fixed).sum(-1, keepdim=True)                                # (B,1)
+    for alpha, share in zip(alphas[:-1].tolist(), shares.tolist()):
+        surprises = []
+
+        def draw(logits, x):             # (n,K), (n,) -> (n,)
+            tokens, surprise = gibbs_step(logits, x, alpha)
+            surprises.append(surprise)
+            return tokens
+        xs = step(xt, alpha, draw)
+        surprise = torch.cat(surprises).view_as(xt).masked_fill(fixed, -1)
+        rank = surprise.argsort(descending=True).argsort()
+        xt = torch.where(rank < share * n_free, xs, xt)
+        yield xt
+    yield from denoise_along(step, xt, alphas[-1:], torch.ones(0), greedy)
+
+
+SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler, informed=informed)
+SAMPLER_CHECKS = [
+    ('steps', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
+    ('temperature redraws', lambda v: v > 0, 'above 0'),
+    ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
+    ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
+    ('alpha_min alpha_max', lambda v: 0 < v < 1, 'above 0 and below 1'),
+    ('sampler', lambda v: v in ['auto', *SAMPLERS], 'auto, ' + ', '.join(SAMPLERS)),
+    ('psi', lambda v: v in ('rescale', 'cap', 'loop'), 'rescale, cap or loop'),
+]
 
 
 def shape_logits(logits, temperature, top_p, **_):
@@ -183,8 +216,7 @@ def denoise(loaded, xt, fixed=None, **options):
     """Yields xt (B,T) after each network call. xt starts as sample_prior; what stands where fixed
     (B,T) is true stays. options: those of SAMPLER_OPTIONS that shall differ."""
     model, _, info = loaded
-    o = SAMPLER_OPTIONS | options
-    check_options(info, o)
+    o = choose_sampler(info, options)
     linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
     if fixed is None:
         fixed = torch.zeros_like(xt, dtype=torch.bool)
@@ -202,24 +234,31 @@ def denoise(loaded, xt, fixed=None, **options):
     elif info['objective'] == 'mdlm':
         yield from unmask(step, xt, vocab_size, **o)
     else:
-        yield from SAMPLERS[o['sampler']](step, xt, **o)
+        yield from SAMPLERS[o['sampler']](step, xt, fixed=fixed, **o)
 
 
-def check_options(info, options):
-    """UserError where options, a whole SAMPLER_OPTIONS, cannot be."""
-    unknown = sorted(options.keys() - SAMPLER_OPTIONS.keys())
-    if unknown:
-        raise UserError(f'{unknown[0]} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
-    check(options, SAMPLER_CHECKS)
-    if options['sampler'] != 'ancestral' and info['objective'] != 'duo':
-        raise UserError(f'--sampler={options["sampler"]} is for a Duo, not for this '
-                        f'{info["objective"]} model')
+def choose_sampler(info, options):
+    """SAMPLER_OPTIONS changed by options, with the sampler chosen; UserError where they cannot be.
+    """
+    for name in options.keys() - SAMPLER_OPTIONS.keys():
+        raise UserError(f'{name} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
+    o = SAMPLER_OPTIONS | options
+    check(o, SAMPLER_CHECKS)
+    if info['objective'] != 'duo':
+        if o['sampler'] not in ('auto', 'ancestral'):
+            raise UserError(f'--sampler={o["sampler"]} is for a Duo, not for this '
+                            f'{info["objective"]} model')
+        o['sampler'] = 'ancestral'
+    elif o['sampler'] == 'auto':
+        o['sampler'] = 'informed'
+    return o
 
 
 def describe_sampler(options):
-    """The options that differ from the default ones, in a few words."""
-    return ', '.join(f'{name} {value}' for name, value in options.items()
-                     if value != SAMPLER_OPTIONS[name] and name != 'steps') or 'ancestral'
+    """The sampler chosen, and the options that differ from the default ones, in a few words."""
+    return ', '.join([options['sampler']] + [
+        f'{name} {value}' for name, value in options.items()
+        if value != SAMPLER_OPTIONS[name] and name not in ('sampler', 'steps')])
 
 # --------------------------------------------------------------------------------------------------
 # texts
@@ -234,25 +273,39 @@ def sample_prior(info, shape, device='cpu'):
     return torch.full(shape, start, device=device)
 
 
-def start_tokens(loaded, prompts, suffix='', length=0):
-    """xt (B,T) for B prompts, noise around them and the suffix, and fixed (B,T), true where those
-    stand. Rows in training begin with bos and end with eos, so a given beginning or end has it too.
-    """
+def text_length(info, length, count=1):
+    """The length of a text: as given, or for 0 what the model was trained on. UserError if count
+    such texts are more than can be held; a warning on stderr if the model never saw any so long."""
+    trained = info['model']['block_size']
+    length = length or trained
+    if count * length > 1e8:
+        raise UserError(f'{count} texts of {length} tokens are too many at once')
+    if length > trained:
+        print(f'warning: --length={length} exceeds the {trained} tokens that this model was trained'
+              ' on; longer texts fall apart', file=sys.stderr)
+    return length
+
+
+def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
+    """xt (B,T), num_samples texts of each prompt, with noise around it and the suffix, and fixed
+    (B,T), true where those stand. Rows in training begin with bos and end with eos, so a given
+    beginning or end has it too."""
     model, tokenizer, info = loaded
     data = info['data']
-    length = length or info['model']['block_size']
+    length = text_length(info, length, len(prompts) * num_samples)
     if suffix and info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead to a suffix: give a prompt only')
-    end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
+    encode = lambda text: tokenizer.encode(text[:1000 * length])   # no token is that long
+    end = encode(suffix) + [data['eos_id']] if suffix else []
     rows = []
     for prompt in prompts:
-        begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
+        begin = [data['bos_id']] + encode(prompt) if prompt else []
         n_free = length - len(begin) - len(end)
         if n_free < 1:
             raise UserError(f'prompt and suffix take {length - n_free} tokens of {length}: shorten '
                             'them, or give a larger --length')
         rows.append(begin + [-1] * n_free + end)
-    known = torch.tensor(rows)
+    known = torch.tensor(rows).repeat_interleave(num_samples, 0)
     fixed = known >= 0
     xt = torch.where(fixed, known, sample_prior(info, known.shape))
     device = model.output_layer.linear.weight.device
@@ -262,7 +315,7 @@ def start_tokens(loaded, prompts, suffix='', length=0):
 def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
     """A list of num_samples texts that begin with prompt and end with suffix. loaded: load(...);
     length: in tokens; options: SAMPLER_OPTIONS. torch.manual_seed(...) makes it repeatable."""
-    xt, fixed = start_tokens(loaded, [prompt] * num_samples, suffix, length)
+    xt, fixed = start_tokens(loaded, [prompt], num_samples, suffix, length)
     for xt in denoise(loaded, xt, fixed, **options):
         pass
     return [loaded.tokenizer.decode(row) for row in xt.tolist()]
@@ -282,21 +335,21 @@ def denoising_page(tokenizer, frames, title):
 
 def main():
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
-    options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     where = init_from or out_dir
-    loaded = load(where, weights, device)
+    loaded = load(where, device)
+    options = choose_sampler(loaded.info, {name: globals()[name] for name in SAMPLER_OPTIONS})
     autocast = pick_dtype(dtype, pick_device(device))[1]
     lines = [prompt]
     if prompts:
-        lines = Path(prompts).read_text('utf-8', 'replace').splitlines()
+        with open(prompts, encoding='utf-8', errors='replace') as file:
+            lines = [line.rstrip('\n') for line in file]
         if prompt or not lines:
             raise UserError(f'--prompts={prompts}: give a file with lines, and no --prompt')
-    lines = [line for line in lines for _ in range(num_samples)]
 
     torch.manual_seed(seed)
     began = time.time()
     texts, calls = [], 0
-    noise, fixed = start_tokens(loaded, lines, suffix, length)
+    noise, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
     for xt, given in zip(noise.split(batch_size), fixed.split(batch_size)):
         frames = [xt]
         with autocast:
@@ -314,15 +367,15 @@ def main():
         Path(html).write_text(denoising_page(loaded.tokenizer, frames, title), 'utf-8')
     if out:
         with open(out, 'w', encoding='utf-8') as f:
-            for line, text in zip(lines, texts):
-                print(json.dumps(dict(prompt=line, text=text), ensure_ascii=False), file=f)
+            for i, text in enumerate(texts):
+                record = dict(prompt=lines[i // num_samples], text=text)
+                print(json.dumps(record, ensure_ascii=False), file=f)
     else:
         for text in texts:
             print('-' * 80, text, sep='\n')
         print('-' * 80)
-    name = 'autoregressive' if loaded.info['objective'] == 'ar' else describe_sampler(options)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens ({name}): '
-          f'{seconds:.1f} s')
+    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
+          f'({describe_sampler(options)}): {seconds:.1f} s')
 
 
 if __name__ == '__main__':

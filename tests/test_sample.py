@@ -13,11 +13,11 @@ import torch
 from scipy import stats
 
 from configurator import UserError
-from diffusion import categorical, noise_schedule, posterior
+from diffusion import categorical, gibbs_step, noise_schedule, posterior
 from helpers import good, one_line, run, run_here
 from model import DiT, DiTConfig
-from sample import (SAMPLER_OPTIONS, Loaded, denoise, describe_sampler, generate, load,
-                    psi_alphas_kappas, sample_prior)
+from sample import (SAMPLER_OPTIONS, Loaded, choose_sampler, denoise, describe_sampler, generate,
+                    load, psi_alphas_kappas, sample_prior)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,8 @@ def test_psi_schedules_number_by_number(psi, eta, steps=64):
 
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(greedy=True), dict(sampler='psi', eta=0.4), dict(sampler='psi', psi='loop')])
+    dict(sampler='ancestral'), dict(sampler='ancestral', greedy=True), dict(sampler='informed'),
+    dict(sampler='psi', eta=0.4), dict(sampler='psi', psi='loop')])
 def test_the_network_is_told_the_noise_of_its_input(options, steps=7):
     """sigma is -log(alpha) at the time of xt, not of the xs that is drawn next."""
     loaded = loaded_spy(torch.zeros(5))
@@ -113,10 +114,17 @@ def test_the_network_is_told_the_noise_of_its_input(options, steps=7):
     o = SAMPLER_OPTIONS | options
     if o['sampler'] == 'psi':
         alphas = psi_alphas_kappas(steps, o['psi'], o['eta'])[0]
+    elif o['sampler'] == 'informed':
+        alphas = informed_alphas(steps)
     else:
         alphas = noise_schedule(torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64))[0]
     assert len(frames) == len(loaded.model.sigmas) == steps + 1
     assert loaded.model.sigmas == pytest.approx((-alphas.log()).tolist(), rel=1e-4, abs=1e-6)
+
+
+def informed_alphas(steps):
+    """The last is that of the call that removes the noise."""
+    return torch.linspace(0.8, 0.99, steps + 1, dtype=torch.float64)
 
 
 def test_a_masked_model_is_told_no_noise():
@@ -149,11 +157,14 @@ def unmasking(p, alpha_s, alpha_t):
     ('duo', dict(sampler='psi', psi='cap', eta=0.3)),
     ('duo', dict(sampler='psi', psi='rescale', eta=0.7, temperature=2.0)),
     ('duo', dict(sampler='psi', psi='loop', eta=0.05, temperature=0.7)),
+    ('duo', dict(sampler='informed', temperature=2.0)),
+    ('duo', dict(sampler='informed', temperature=3.0, top_p=0.7)),
     ('mdlm', dict(temperature=0.5)),
     ('mdlm', dict(temperature=2.0, top_p=0.7))])
 def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=60_000, steps=3):
     """How often a token takes each path from noise to text: temperature, nucleus and kappa must
     all reach the draw."""
+    options = dict(sampler='ancestral') | options
     o = SAMPLER_OPTIONS | options
     logits = torch.tensor([0.9, 0.0, -0.6])
     p = (logits.double() / o['temperature']).softmax(-1)
@@ -165,6 +176,8 @@ def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=6
     if o['sampler'] == 'psi':
         alphas, kappas = psi_alphas_kappas(steps, o['psi'], o['eta'])
         assert ((0.1 < kappas) & (kappas < 0.9)).any()
+    elif o['sampler'] == 'informed':
+        alphas = informed_alphas(steps)
     alphas, kappas = [*alphas.tolist(), 1.0], [*kappas.tolist(), 1.0]
     pairs = list(zip(alphas[1:], alphas))
     if objective == 'mdlm':
@@ -173,6 +186,8 @@ def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=6
         start = torch.tensor([0.0, 0.0, 0.0, 1.0])
     else:
         matrices = [transition(p, *pair, kappa) for pair, kappa in zip(pairs, kappas)]
+        if o['sampler'] == 'informed':                                   # the only place: redrawn
+            matrices[:-1] = [(a * p + (1 - a) / 3).expand(3, 3) for a in alphas[:-2]]
         start = torch.ones(3) / 3
 
     loaded = loaded_spy(logits, objective)
@@ -200,8 +215,89 @@ def test_an_exact_denoiser_samples_the_data():
     probs = torch.tensor([0.6, 0.1, 0.25, 0.05])
     loaded = loaded_spy(probs.log())
     for steps in (1, 16):
-        x = last_of(denoise(loaded, sample_prior(loaded.info, (40_000, 1)), steps=steps))
+        x = last_of(denoise(loaded, sample_prior(loaded.info, (40_000, 1)), steps=steps,
+                            sampler='ancestral'))
         assert fits(np.bincount(x[:, 0], minlength=4), probs.double().numpy())
+
+
+class Exact:
+    """Two tokens of three with the joint distribution `data` (3,3), and the network that the NELBO
+    would end at: the logits of p(x0 at each place | the noisy token at the other)."""
+
+    def __init__(self, data):
+        self.data = data
+        self.output_layer = self
+        self.linear = torch.nn.Linear(3, 3)
+        self.linear.weight.data = torch.eye(3)
+        self.linear.bias.data.zero_()
+
+    def noised(self, alpha):
+        noise = alpha * torch.eye(3, dtype=torch.float64) + (1 - alpha) / 3
+        return noise @ self.data @ noise
+
+    def hidden(self, x, sigma):
+        noise = torch.exp(-sigma[0]).item() * torch.eye(3) + (1 - torch.exp(-sigma[0]).item()) / 3
+        joint = (self.data @ noise.double()), (self.data.T @ noise.double())  # [x0, other's xt]
+        rows = [p.T[x[:, 1 - i]] for i, p in enumerate(joint)]                # (B,3) x 2
+        return torch.stack([r.log() for r in rows], 1).float()
+
+
+DATA = torch.tensor([[.30, .02, .02], [.02, .20, .02], [.22, .02, .18]], dtype=torch.float64)
+
+
+def pairs_of(x):
+    return np.bincount(3 * x[:, 0] + x[:, 1], minlength=9)
+
+
+def distance(p, q):
+    """Total variation."""
+    return (p / p.sum() - q / q.sum()).abs().sum().item() / 2
+
+
+def test_one_place_at_random_is_a_gibbs_move(n=60_000, alpha=0.6):
+    """It keeps the exact distribution of noisy pairs, and leads to it from a wrong one."""
+    model = Exact(DATA)
+    noised = model.noised(alpha)
+    sigma = torch.full((n,), -np.log(alpha))
+
+    def move(x):
+        tokens, _ = gibbs_step(model.hidden(x, sigma), x, alpha)
+        here = torch.rand(n) < 0.5
+        return torch.where(torch.stack([here, ~here], 1), tokens, x)
+    code = torch.multinomial(noised.flatten(), n, replacement=True)
+    right = torch.stack([code // 3, code % 3], 1)
+    wrong = torch.zeros_like(right)
+    for _ in range(12):
+        right, wrong = move(right), move(wrong)
+    assert fits(pairs_of(right), noised.flatten().numpy())
+    assert fits(pairs_of(wrong), noised.flatten().numpy())
+    assert not fits(pairs_of(right), model.noised(0.7).flatten().numpy())
+
+
+def test_surprise_is_that_of_the_conditional():
+    logits, xt = torch.randn(50, 7), torch.randint(7, (50,))
+    tokens, surprise = gibbs_step(logits, xt, 0.8)
+    q = 0.8 * logits.double().softmax(-1) + 0.2 / 7
+    expected = q.amax(-1).log() - q[torch.arange(50), xt].log()
+    assert surprise.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    draws = torch.stack([gibbs_step(logits[:1], xt[:1], 0.8)[0] for _ in range(4000)])
+    assert fits(np.bincount(draws[:, 0], minlength=7), q[0].numpy())
+
+
+def test_the_bias_of_many_places_and_of_informed_choice(n=20_000):
+    """Neither is exact, and with two tokens that depend on each other they are at their worst: both
+    redrawn at once hardly see each other, the more surprising one alone ends at the likeliest pair.
+    The distance of whole runs from the data, where ancestral sampling has almost none."""
+    loaded = Loaded(Exact(DATA), None, dict(objective='duo', data=dict(vocab_size=3)))
+
+    def bias(**options):
+        x = last_of(denoise(loaded, sample_prior(loaded.info, (n, 2)), **options))
+        return distance(torch.tensor(pairs_of(x)), DATA.flatten())
+    both = bias(steps=16, sampler='informed', redraws=32.0)
+    one = bias(steps=16, sampler='informed', redraws=4.0)
+    assert bias(steps=32, sampler='ancestral') < 0.02
+    assert 0.2 < both < 0.4
+    assert 0.3 < one < 0.5
 
 
 @pytest.mark.parametrize('objective', ['duo', 'mdlm'])
@@ -211,7 +307,7 @@ def test_denoise_keeps_what_is_given(objective):
     start[:, 0] = 3
     fixed = torch.zeros_like(start, dtype=torch.bool)
     fixed[:, 0] = True
-    frames = list(denoise(loaded, start, fixed, steps=20))
+    frames = list(denoise(loaded, start, fixed, steps=20, sampler='ancestral'))
     assert len(frames) == 21 and all((frame[:, 0] == 3).all() for frame in frames)
     assert (frames[-1] < loaded.info['data']['vocab_size']).all()        # no masks are left
     assert len(frames[-1][:, 1:].unique()) == loaded.info['data']['vocab_size']
@@ -220,7 +316,7 @@ def test_denoise_keeps_what_is_given(objective):
 def test_a_greedy_tail_takes_the_likeliest():
     loaded = loaded_spy(torch.tensor([0.2, 0.5, 0.25, 0.05]).log())
     prior = sample_prior(loaded.info, (400, 2))
-    frames = list(denoise(loaded, prior, steps=3, greedy=True))
+    frames = list(denoise(loaded, prior, steps=3, greedy=True, sampler='ancestral'))
     assert (frames[-1] == 1).all() and not (frames[-2] == 1).all()
 
 
@@ -250,7 +346,7 @@ def test_three_lines_in_a_notebook(work):
     torch.manual_seed(3)
     texts = generate(model, 'This is', num_samples=2, steps=3)
     torch.manual_seed(3)
-    again = generate(model, 'This is', num_samples=2, steps=3, sampler='ancestral', temperature=1.0)
+    again = generate(model, 'This is', num_samples=2, steps=3, sampler='informed', temperature=1.0)
     assert texts == again and len(texts) == 2
     assert all(isinstance(t, str) and t.strip('\n').startswith('This is') for t in texts)
 
@@ -258,13 +354,17 @@ def test_three_lines_in_a_notebook(work):
 @pytest.mark.parametrize('given, options, parts', [
     (('x' * 40,), {}, ['prompt and suffix take 41 tokens of 32', 'length']),
     (('x' * 20, 1, 'y' * 20), {}, ['42 tokens of 32']),
+    (('x' * 10 ** 7,), {}, ['of 32: shorten']),
+    (('x', 10 ** 9), {}, ['1000000000 texts of 32 tokens']),
     ((), dict(tepmerature=0.5), ['tepmerature', 'temperature']),
     ((), dict(settle=0.1), ['settle']),
     ((), dict(temperature=0.0), ['temperature', 'above 0']),
     ((), dict(top_p=0.0), ['top_p']),
     ((), dict(eta=2), ['eta']),
-    ((), dict(steps=0), ['steps', 'at least 1']),
-    ((), dict(sampler='commit'), ['commit', 'ancestral or psi']),
+    ((), dict(steps=0), ['steps', 'from 1']),
+    ((), dict(sampler='commit'), ['commit', 'auto, ancestral, psi, informed']),
+    ((), dict(redraws=0.0), ['redraws']),
+    ((), dict(alpha_max=1.0), ['alpha_max', 'below 1']),
     ((), dict(psi='constant'), ['constant', 'rescale'])])
 def test_a_mistake_leaves_the_process_alive(work, given, options, parts):
     """A UserError is an ordinary Exception of one line, and the next call works."""
@@ -282,15 +382,21 @@ def test_what_a_baseline_cannot_do():
     with pytest.raises(UserError, match='suffix'):
         generate(ar, 'a', suffix='b')
     for loaded in (ar, mdlm):
-        with pytest.raises(UserError, match='psi.*' + loaded.info['objective']):
-            generate(loaded, sampler='psi')
+        for sampler in ('psi', 'informed'):
+            with pytest.raises(UserError, match=f'{sampler}.*{loaded.info["objective"]}'):
+                generate(loaded, sampler=sampler)
         assert len(generate(loaded, 'a', 2, steps=2)) == 2
 
 
-def test_a_sampler_in_words():
-    assert describe_sampler(SAMPLER_OPTIONS | dict(steps=9)) == 'ancestral'
-    named = describe_sampler(SAMPLER_OPTIONS | dict(sampler='psi', top_p=0.9, greedy=True))
-    assert all(part in named for part in ('psi', 'top_p 0.9', 'greedy')) and 'eta' not in named
+@pytest.mark.parametrize('objective, options, words', [
+    ('duo', dict(steps=9), 'informed'),
+    ('duo', dict(sampler='ancestral'), 'ancestral'),
+    ('duo', dict(sampler='psi', top_p=0.9), 'psi, top_p 0.9'),
+    ('duo', dict(greedy=True, redraws=3.0), 'informed, greedy True, redraws 3.0'),
+    ('mdlm', dict(), 'ancestral'),
+    ('ar', dict(temperature=0.9), 'ancestral, temperature 0.9')])
+def test_a_sampler_in_words(objective, options, words):
+    assert describe_sampler(choose_sampler(dict(objective=objective), options)) == words
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,8 +411,8 @@ def test_sample(work):
     assert '4 network calls for 2 texts of 32 tokens' in said
     first, again = (run_here(work, 'sample.py', '--steps=3').stdout for _ in range(2))
     assert first.split(': ')[:-1] == again.split(': ')[:-1]              # all but the seconds
-    frames = good(run_here(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--weights=raw',
-                           '--length=40', '--out=texts.jsonl'))
+    frames = good(run_here(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--length=40',
+                            '--out=texts.jsonl'))
     assert all(f'[call {i}]' in frames for i in range(1, 5))
     assert len((work / 'texts.jsonl').read_text().splitlines()) == 3
 
@@ -315,7 +421,10 @@ def test_sample(work):
     (['--steps=0'], ['--steps']),
     (['--temperature=0'], ['--temperature']),
     (['--top_p=1.5'], ['--top_p']),
-    (['--weights=best'], ['--weights']),
+    (['--seed', str(2 ** 64)], ['--seed', 'below 2^64']),
+    (['--num_samples', str(10 ** 12)], ['1000000000000 texts', 'too many']),
+    (['--length', str(10 ** 12)], ['tokens are too many']),
+    (['--steps', str(10 ** 12)], ['--steps']),
     (['--out_dir=nowhere'], ['nowhere', 'train.py']),
     (['--device=tpu'], ['tpu']),
     (['--prompt', 'x' * 40], ['--length']),
@@ -324,20 +433,25 @@ def test_sample(work):
     (['--prompts=tiny.txt', '--prompt=x'], ['--prompts', '--prompt']),
     (['--out=no/such/file'], ['no/such/file']),
     (['--html=no/such/file'], ['no/such/file']),
-    (['--sampler=commit'], ['--sampler', 'ancestral or psi']),
+    (['--sampler=commit'], ['--sampler', 'ancestral, psi, informed']),
     (['--stpes=3'], ['did you mean steps'])])
 def test_sample_refuses_in_one_line(work, args, parts):
     one_line(run_here(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *parts)
 
 
 def test_a_mistake_is_one_line_on_stderr(work):
+    done = run(work, 'sample.py', '--steps=1', '--length=40')
+    assert good(done).startswith('-----') and len(done.stderr.splitlines()) == 1
+    assert '--length=40 exceeds the 32 tokens' in done.stderr
     done = run(work, 'sample.py', '--steps=0')
     assert done.returncode == 1
-    assert done.stderr == '--steps=0: must be at least 1\n' and not done.stdout
+    assert done.stderr == '--steps=0: must be from 1 to 1,000,000\n' and not done.stdout
 
 
 def test_every_sampler_ends_in_text(work):
-    for args, parts in ((['--sampler=psi', '--top_p=0.9'], ['psi', 'top_p 0.9']),
+    for args, parts in (([], ['informed']),
+                        (['--sampler=ancestral', '--temperature=0.8'], ['ancestral, temp']),
+                        (['--sampler=psi', '--top_p=0.9'], ['psi', 'top_p 0.9']),
                         (['--greedy'], ['greedy']),
                         (['--sampler=psi', '--psi=loop', '--eta=0.2'], ['psi loop', 'eta 0.2'])):
         said = good(run_here(work, 'sample.py', '--steps=5', '--num_samples=1', *args))
@@ -346,11 +460,11 @@ def test_every_sampler_ends_in_text(work):
 
 
 def test_a_file_of_prompts_becomes_json_lines(work):
-    (work / 'lines.txt').write_text('This is\nÜ and\n')
+    (work / 'lines.txt').write_text('This is\nÜ\u2028 \f and\n')
     good(run_here(work, 'sample.py', '--steps=2', '--prompts=lines.txt', '--num_samples=2',
                   '--batch_size=3', '--out=texts.jsonl'))
     records = [json.loads(line) for line in open(work / 'texts.jsonl', encoding='utf-8')]
-    assert [r['prompt'] for r in records] == ['This is'] * 2 + ['Ü and'] * 2
+    assert [r['prompt'] for r in records] == ['This is'] * 2 + ['Ü\u2028 \f and'] * 2
     assert all(r['text'].strip('\n').startswith(r['prompt']) for r in records)
 
 
