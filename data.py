@@ -130,15 +130,14 @@ def load_data(folder):
     is what num_rows and get_rows take: tokens, uint16 or uint32; where each document begins, int64,
     or None of a packed set; and the bytes of text of each token of the vocabulary, float64."""
     folder = Path(folder)
-    older = folder.with_name(f'.{folder.name}.old')
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         check_meta(meta)
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        hint = f', or rename {older}, which a stopped prepare.py left' if older.exists() else ''
         raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): make it '
-                        f'with python prepare.py (see --help){hint}') from None
+                        f'with python prepare.py {folder.name}, as the first lines of a config file '
+                        'say, or from text of yours (prepare.py --help)') from None
 
 
 def load_stream(folder, split, meta):
@@ -155,12 +154,9 @@ def load_stream(folder, split, meta):
         starts = np.memmap(folder / f'{split}.idx', np.uint64, 'r').view(np.int64)
         if starts[0] or starts[-1] != count or (starts[1:] < starts[:-1]).any():
             raise ValueError(f'{split}.idx does not divide the {count} tokens of {split}.bin')
-    path = folder / f'{split}.bytes'
-    sizes = np.full(meta['vocab_size'], size / count)    # a set of an older version has only these
-    if path.exists():
-        sizes = np.fromfile(path)
-    if len(sizes) != meta['vocab_size'] or not 0 <= sizes.min() <= sizes.max() < 2**20:
-        raise ValueError(f'{split}.bytes does not belong to {meta["vocab_size"]} tokens')
+    sizes, path = np.full(meta['vocab_size'], size / count), folder / f'{split}.bytes'
+    if path.exists():   # sets of an older version have none
+        sizes = np.memmap(path, float, 'r', shape=sizes.shape)
     return tokens, starts, sizes
 
 
@@ -218,14 +214,6 @@ def get_rows(stream, rows, block_size, meta):
     return out
 
 
-def text_per_row(stream, rows, block_size):
-    """How many tokens of text a row holds, and how many bytes these stand for, on average."""
-    tokens, _, sizes = stream
-    begin, length = spans(stream, rows, block_size)
-    size = sum(sizes[tokens[i:i + n]].sum() for i, n in zip(begin, length))
-    return length.mean().item(), size.item() / len(begin)
-
-
 def loss_mask(x0, pad_id):
     """(B,T) 1 where a token is scored, 0 where it pads; None where nothing does. x0 (B,T)."""
     return None if pad_id is None else (x0 != pad_id).float()
@@ -261,11 +249,13 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     if not math.isfinite(loss):
         raise UserError(f'the {split} loss is {loss}: no figures')
     error = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else math.nan
-    tokens, size = text_per_row(stream, rows, block_size)
-    scored = tokens + 1 if objective == 'ar' else tokens + 2  # AR is given the first of a row
+    tokens, _, sizes = stream
+    begin, length = spans(stream, rows, block_size)
+    text_bytes = sum(sizes[tokens[i:i + n]].sum() for i, n in zip(begin, length)).item()
+    edges = 1 if objective == 'ar' else 2                       # AR is given the first of a row
     bpd = loss / math.log(2)
     ppl = math.exp(min(loss, 99))
-    bpb = bpd * scored / size
+    bpb = bpd * (length + edges).sum().item() / text_bytes
     text = (f'{loss:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} '
             'bits per byte')
     return text, dict(loss=loss, error=error, bpd=bpd, ppl=ppl, bpb=bpb)

@@ -25,6 +25,7 @@ import sys
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,8 +56,8 @@ RECORD = 2 ** 26              # characters: a longer line is no record
 PIECE = 2 ** 16               # characters: a longer text is tokenised in pieces
 ROWS = 16                     # pieces that a thread is given at a time
 PARTS = ('train', 'val')
-FILES = {f'{part}.{kind}' for part in PARTS for kind in ('bin', 'idx', 'bytes')}
-FILES |= {'meta.json', 'tokenizer.json'}
+FILES = set('train.bin val.bin train.idx val.idx train.bytes val.bytes meta.json tokenizer.json'
+            .split())
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
 # Of the standard library: no tests, no generated tables, nothing that belongs to one machine.
@@ -251,14 +252,15 @@ def find_files(paths):
     ones; names are relative to their common folder. Blank texts are left out."""
     found = []
     for path in paths:
-        files = glob.glob(f'{glob.escape(path)}/**', recursive=True)
-        files = [file for file in files if file.endswith(TEXTS + RECORDS) and os.path.isfile(file)]
-        if os.path.isfile(path):
-            files = [path]
-        elif not os.path.isdir(path):
-            raise UserError(f'{path!r} is neither a file nor a folder')
-        found += [os.path.abspath(file) for file in files
-                  if file.endswith(RECORDS) or read_text(file).strip()]
+        files = [path]
+        if os.path.isdir(path):
+            files = glob.glob(f'{glob.escape(path)}/**', recursive=True)
+            files = [file for file in files if file.endswith(TEXTS + RECORDS)]
+        for file in files:
+            if not os.path.isfile(file):
+                raise UserError(f'{file!r} is no file, or is not there')
+            if file.endswith(RECORDS) or read_text(file).strip():
+                found.append(os.path.abspath(file))
     if not found:
         raise UserError(f'no text in {", ".join(paths)}: of folders, {TEXTS + RECORDS} are read')
     root = os.path.commonpath([os.path.dirname(file) for file in found])
@@ -467,22 +469,38 @@ def choose_target(name, data_dir):
     return target
 
 
-def claim(folder):
-    """Make a folder and lock it, until the file that is returned is closed or the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / 'lock', 'w')
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f'another prepare.py is at work in {folder}: wait, or choose another --name')
-    return lock
-
-
 def settle(target, older):
     """Wherever the renames were stopped: the older set goes back, or goes if the new is there."""
     if older.exists() and not target.exists():
         older.rename(target)
     shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target):
+    """An empty folder, for this process alone, that takes the target's place at the end. Until then
+    the older target stays, whatever goes wrong; the next start puts in order what a kill left."""
+    scratch, older = (target.with_name(f'.{target.name}.{end}') for end in ('unfinished', 'old'))
+    new = scratch / 'new'
+    scratch.mkdir(parents=True, exist_ok=True)
+    with open(scratch / 'lock', 'w') as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another prepare.py is at work in {scratch}: wait, or choose another '
+                            '--name')
+        try:
+            settle(target, older)
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+            os.sync()                               # a machine may die, too
+            if target.exists():
+                target.rename(older)
+            new.rename(target)
+        finally:
+            settle(target, older)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key, revision,
@@ -504,40 +522,25 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         documents = lambda: islice(split_files(files, val_fraction, text_key), max_docs or None)
     name = name or re.sub(r'(\.jsonl)?\.\w+$', '', Path(source).name)
 
-    # 2. TOKENS, in a folder beside the target
-    target = choose_target(name, data_dir)
-    scratch, older = (target.with_name(f'.{name}.{end}') for end in ('unfinished', 'old'))
-    new = scratch / 'new'
-    with claim(scratch):
-        try:
-            settle(target, older)
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            training = lambda: (text for val, text in documents() if not val)
-            meta = make_tokenizer(tokenizer or usual, vocab_size, training,
-                                  new / 'tokenizer.json', rule)
-            meta.update(name=name, source=source, rule=rule)
-            encode, _, size = load_tokenizer(meta, new)
-            sizes = np.array([size(i) for i in range(meta['vocab_size'])])
-            sizes[meta['eos_id']] = 1
-            work = partial(encode_row, encode=encode, detokeniser=detokeniser, meta=meta)
-            # rules and tokenizers of others may look across any place
-            by_pieces = detokeniser == '-' and meta['tokenizer'] != 'json'
-            length = min(PIECE, max_tokens or PIECE) if by_pieces else sys.maxsize
-            rows = in_threads(work, pieces(documents(), length), workers)
-            meta |= write_tokens(new, rows, rule == 'padded', max_tokens, sizes)
-            for part in PARTS:
-                if meta[f'{part}_tokens'] <= meta[f'{part}_documents'] and rule != 'joined':
-                    raise UserError('too little text to train and to validate on: prepare more')
-            (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
-            # 3. IN PLACE
-            os.sync()                               # a machine may die, too
-            if target.exists():
-                target.rename(older)
-            new.rename(target)
-        finally:
-            settle(target, older)
-            shutil.rmtree(scratch, ignore_errors=True)
+    # 2. TOKENS
+    with replacing(choose_target(name, data_dir)) as new:
+        training = lambda: (text for val, text in documents() if not val)
+        meta = make_tokenizer(tokenizer or usual, vocab_size, training, new / 'tokenizer.json',
+                              rule)
+        meta.update(name=name, source=source, rule=rule)
+        encode, _, size = load_tokenizer(meta, new)
+        work = partial(encode_row, encode=encode, detokeniser=detokeniser, meta=meta)
+        # rules and tokenizers of others may look across any place
+        by_pieces = detokeniser == '-' and meta['tokenizer'] != 'json'
+        length = min(PIECE, max_tokens or PIECE) if by_pieces else sys.maxsize
+        rows = in_threads(work, pieces(documents(), length), workers)
+        sizes = np.array([size(i) for i in range(meta['vocab_size'])])
+        sizes[meta['eos_id']] = 1
+        meta |= write_tokens(new, rows, rule == 'padded', max_tokens, sizes)
+        for part in PARTS:
+            if meta[f'{part}_tokens'] <= meta[f'{part}_documents'] and rule != 'joined':
+                raise UserError('too little text to train and to validate on: prepare more')
+        (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
     return meta
 
 
@@ -548,9 +551,8 @@ def main():
         value = before.startswith('-') and '=' not in before        # of --name value
         (options if arg.startswith('-') or value else paths).append(arg)
     settings = configure(globals(), CHECKS, options)
-    for arg in args:
-        if not arg.isprintable():
-            raise UserError(f'{arg!r} is not UTF-8 text of one line: rename it')
+    if not ''.join(args).isprintable():
+        raise UserError(f'{args} must be UTF-8 text without line breaks: rename files, if need be')
     # `datasets` would import torch, ask the network of a local file, warn of forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
     for sources in [[name] for name in ZEROSHOT] if paths == ['zeroshot'] else [paths]:
