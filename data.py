@@ -79,7 +79,7 @@ def guarded(message, function, *args):
 def load_file(name, path, sha256):
     """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
     import tokenizers
-    call = functools.partial(guarded, f'{path} cannot be used: prepare the data again')
+    call = functools.partial(guarded, f'{path} is no usable tokenizer: prepare the data again')
     raw = call(path.read_bytes)
     if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
         raise UserError(f'{path} is not the one that these tokens were made with')

@@ -258,7 +258,7 @@ def find_files(paths):
             files = [file for file in files if file.endswith(TEXTS + RECORDS)]
         for file in files:
             if not os.path.isfile(file):
-                raise UserError(f'{file!r} is no file, or is not there')
+                raise UserError(f'{file!r} is not there, or no regular file')
             if file.endswith(RECORDS) or read_text(file).strip():
                 found.append(os.path.abspath(file))
     if not found:
@@ -551,8 +551,10 @@ def main():
         value = before.startswith('-') and '=' not in before        # of --name value
         (options if arg.startswith('-') or value else paths).append(arg)
     settings = configure(globals(), CHECKS, options)
-    if not ''.join(args).isprintable():
-        raise UserError(f'{args} must be UTF-8 text without line breaks: rename files, if need be')
+    try:
+        ''.join(args).encode()
+    except UnicodeEncodeError:
+        raise UserError('a name that is not UTF-8 text cannot be used: rename the file')
     # `datasets` would import torch, ask the network of a local file, warn of forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
     for sources in [[name] for name in ZEROSHOT] if paths == ['zeroshot'] else [paths]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -220,6 +221,22 @@ def test_max_tokens_ends_with_the_document_that_reaches_them(tmp_path):
     assert 5000 <= meta['train_tokens'] < 5100 and meta['val_documents'] > 0
 
 
+@pytest.mark.parametrize('tokenizer', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
+def test_max_tokens_of_one_long_text(tmp_path, monkeypatch, tokenizer):
+    """The document is cut soon after so many tokens; what validates is whole."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
+    text = '\n'.join(lines(20_000))
+    (tmp_path / 'd.txt').write_text(text)
+    ok('d.txt', '--tokenizer', tokenizer, '--data_dir', 'all', cwd=tmp_path)
+    ok('d.txt', '--tokenizer', tokenizer, '--max_tokens', 5000, cwd=tmp_path)
+    cut, whole = everything(tmp_path / 'data/d'), everything(tmp_path / 'all/d')
+    assert cut['val.bin'] == whole['val.bin'] and whole['train.bin'].startswith(cut['train.bin'])
+    meta, data = load_data(tmp_path / 'data/d')
+    assert 5000 <= meta['train_tokens'] < 7500 and meta['train_documents'] == 1
+    read = decoded(tmp_path / 'data/d', 'train')
+    assert text.startswith(read) and meta['train_bytes'] == len(read.encode())
+
+
 def test_a_hub_corpus_of_any_name(tmp_path, hub):
     body = '--text_key', 'body', '--tokenizer', 'bytes'
     from_hub(hub, 'hf:me/mine', *body, cwd=tmp_path)
@@ -421,6 +438,31 @@ def test_any_tokenizer_json(tmp_path):
         fails(says, 'text.txt', '--tokenizer', name, cwd=tmp_path)
 
 
+@pytest.mark.parametrize('part, value, says', [
+    ('normalizer', dict(type='Precompiled', precompiled_charsmap='AAAA'), 'Precompiled'),
+    ('pre_tokenizer', dict(type='FixedLength', length=0), 'chunk size'),
+    ('model', dict(type='BPE', vocab={'a': 2**32 - 1, '</s>': 1}, merges=[]), 'tokens'),
+    ('model', dict(type='WordLevel', vocab={'</s>': 1}, unk_token='?'), 'Missing [UNK]')])
+def test_a_hostile_tokenizer_json(tmp_path, part, value, says):
+    """`tokenizers` panics, at once or when it is used; that is not even an Exception."""
+    from tokenizers import Tokenizer, models
+    plain = json.loads(Tokenizer(models.BPE({'a': 0, '</s>': 1}, [])).to_str())
+    (tmp_path / 'bad.json').write_text(json.dumps(plain | {part: value}))
+    (tmp_path / 'text.txt').write_text('a b c\n' * 20)
+    fails(says, 'text.txt', '--tokenizer', 'bad.json', cwd=tmp_path)
+    assert os.listdir(tmp_path / 'data') == []
+
+
+@pytest.mark.parametrize('rule', ['packed', 'padded'])
+def test_the_tokenizer_json_of_a_bert_set_makes_the_same(tmp_path, rule):
+    """As of a model: its copy gives the same tokenizer, and the same special tokens by rule."""
+    first = prepare.make_tokenizer(str(VOCAB), 0, None, tmp_path / 'tokenizer.json', rule)
+    again = prepare.make_tokenizer(str(tmp_path / 'tokenizer.json'), 0, None,
+                                   tmp_path / 'again.json', rule)
+    assert first == again and first['tokenizer'] == 'bert'
+    assert first['eos_id'] == (101 if rule == 'packed' else 102)
+
+
 @pytest.mark.parametrize('kind', [pytest.param('gpt2', marks=needs_gpt2), 'bpe', 'bert'])
 def test_pieces_of_a_document_give_the_tokens_of_the_whole(tmp_path, monkeypatch, kind):
     text = (ROOT / 'train.py').read_text() + 'naïve 字 \u3000 x\u2028y  \n\n z ' * 50
@@ -481,6 +523,7 @@ def test_records_that_are_none(tmp_path):
     (tmp_path / 'no.parquet').write_bytes(b'no')
     pyarrow.parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'column.parquet')
     pyarrow.parquet.write_table(pyarrow.table({'text': ['x', None]}), tmp_path / 'null.parquet')
+    (tmp_path / 'deep.jsonl').write_text('{"text": "fine"}\n' + '[' * 200_000 + ']' * 200_000 + '\n')
     (tmp_path / 'empty.jsonl').write_text('\n')
     (tmp_path / 'blank.jsonl').write_text('{"text": ""}\n' * 99)
     for name, says in (('key.jsonl', 'after record 2: KeyError'),
@@ -488,10 +531,25 @@ def test_records_that_are_none(tmp_path):
                        ('json.jsonl', 'after record 1'), ('latin.jsonl', 'UnicodeDecodeError'),
                        ('cut.jsonl.gz', 'cut.jsonl.gz'), ('no.jsonl.zst', 'no.jsonl.zst'),
                        ('no.parquet', 'no.parquet'), ('column.parquet', "KeyError('text')"),
-                       ('null.parquet', 'after record 2'), ('empty.jsonl', 'there is no document'),
+                       ('null.parquet', 'after record 2'), ('deep.jsonl', 'after record 1: Recursion'),
+                       ('empty.jsonl', 'there is no document'),
                        ('blank.jsonl', 'too little text')):
         fails(says, name, '--tokenizer', 'bytes', '--name', 'x', cwd=tmp_path)
     assert os.listdir(tmp_path / 'data') == []
+
+
+@pytest.mark.parametrize('packed', [gzip.compress, lambda raw: pyarrow.compress(raw, 'zstd').to_pybytes()],
+                         ids=['gz', 'zst'])
+def test_a_bomb_takes_little_memory(tmp_path, monkeypatch, packed):
+    """A line that unpacks to 64 MB, of which a thousandth may be a record."""
+    monkeypatch.setattr(prepare, 'RECORD', 2**16)
+    path = tmp_path / ('bomb.jsonl.gz' if packed is gzip.compress else 'bomb.jsonl.zst')
+    path.write_bytes(packed(b'{"text": "fine"}\n{"text": "' + b'x' * 2**26 + b'"}\n'))
+    tracemalloc.start()
+    fails('after record 1: ValueError(\'a line of 65,536', path.name, '--tokenizer', 'bytes', cwd=tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22 and os.listdir(tmp_path / 'data') == []
 
 
 def test_lines_that_a_loader_may_stumble_over(tmp_path):
@@ -694,21 +752,21 @@ def test_pads_carry_no_loss_in_training(monkeypatch, objective):
 
 def test_padded_data_trains_and_validates(tmp_path, published):
     shutil.copytree(published / 'lm1b', tmp_path / 'data/lm1b')
-    good(script(tmp_path, 'train.py', *TINY, '--dataset=lm1b', '--block_size=16', '--max_iters=4',
+    good(script(tmp_path, 'train.py', *TINY, '--dataset=lm1b', '--max_iters=4',
                 '--objective=ar', '--out_dir=ar', '--num_samples=0'))
     said = good(script(tmp_path, 'eval.py', '--out_dir=ar', '--batch_size=7'))
     result = json.loads(said.splitlines()[-1])
     model, _ = load_model(tmp_path / 'ar')
     meta, data = load_data(tmp_path / 'data/lm1b')
-    x = torch.from_numpy(get_rows(data['val'], range(50), 16, meta))
+    x = torch.from_numpy(get_rows(data['val'], range(50), 32, meta))
     logp = model(x[:, :-1], None).log_softmax(-1)
     keep = x[:, 1:] != meta['pad_id']
     nats = -logp.gather(-1, x[:, 1:, None])[..., 0][keep]
     assert result['rows'] == 50
     assert math.isclose(result['nll'], nats.mean().item(), rel_tol=1e-4)
-    tokens = keep.sum().item() - 50  # of text: eos is scored, too
-    size = tokens * meta['val_bytes'] / meta['val_tokens']
-    assert math.isclose(result['bpb'], nats.sum().item() / size / math.log(2), rel_tol=1e-4)
+    assert keep[:, -1].sum() == 0  # no row is cut
+    bits = nats.sum().item() / math.log(2)
+    assert math.isclose(result['bpb'], bits / meta['val_bytes'], rel_tol=1e-4)
 
 
 def test_broken_padded_sets(tmp_path, published):
