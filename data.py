@@ -117,12 +117,12 @@ def tokenizer_difference(meta, other):
 
 def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its tokens as no tokenizer does."""
-    name, size, pad = str(meta['tokenizer']), meta['vocab_size'], meta['pad_id']
+    size, pad = meta['vocab_size'], meta['pad_id']
     ids = [meta['bos_id'], meta['eos_id'], meta['eos_id'] if pad is None else pad]
     if {type(i) for i in [size, *ids]} != {int} or not 0 <= min(ids) <= max(ids) < size < 2**20:
         raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {size!r:.40} tokens')
-    if size != {'bytes': 256, 'gpt2': 50257}.get(name, size):
-        raise ValueError(f'{name} has not {size} tokens')
+    if size != {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), size):
+        raise ValueError(f'{meta["tokenizer"]} has not {size} tokens')
 
 
 def load_data(folder):
@@ -157,6 +157,8 @@ def load_stream(folder, split, meta):
     sizes, path = np.full(meta['vocab_size'], size / count), folder / f'{split}.bytes'
     if path.exists():   # sets of an older version have none
         sizes = np.memmap(path, float, 'r', shape=sizes.shape)
+    if not 0 <= sizes.min() <= sizes.max() < 2**20:
+        raise ValueError(f'{path} holds no numbers of bytes')
     return tokens, starts, sizes
 
 
@@ -255,7 +257,7 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     edges = 1 if objective == 'ar' else 2                       # AR is given the first of a row
     bpd = loss / math.log(2)
     ppl = math.exp(min(loss, 99))
-    bpb = bpd * (length + edges).sum().item() / text_bytes
+    bpb = bpd * (length + edges).sum().item() / max(text_bytes, 1)
     text = (f'{loss:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} '
             'bits per byte')
     return text, dict(loss=loss, error=error, bpd=bpd, ppl=ppl, bpb=bpb)

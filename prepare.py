@@ -309,7 +309,7 @@ def read_hub(row, revision, val_fraction, max_docs):
         for text in hub_texts(repo, revision, val, column):
             yield True, text
     if train != '-':
-        total = min(int(total), max_docs or int(total))
+        total = min(int(total), max_docs or sys.maxsize)
         first = total - min(total // 10, 100_000)
         texts = islice(hub_texts(repo, revision, train, column), max_docs or None)
         for number, text in enumerate(texts):
@@ -359,7 +359,7 @@ def write_vocabulary(source, path):
 def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
     """Write a tokenizer's file to path, if it has one, and return what meta says of it.
     tokenizer: as --tokenizer; texts(): the training text; rule: as in SETS."""
-    kind, size, bos, eos, pad = tokenizer, 256, 0, 0, None
+    kind, size, bos, eos, pad = tokenizer, 256, 0, 0, 'none'
     if tokenizer == 'gpt2':
         size, bos, eos = 50257, 50256, 50256
     elif tokenizer == 'bpe':
@@ -372,20 +372,17 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
                             '(fetched from the hub once), a vocab.txt or a tokenizer.json',
                             write_vocabulary, tokenizer, path)
         size = 1 + max(ids.values())
-        bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), None)
+        bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), 'none')
                          for names in SPECIAL)
-        bos = eos if bos is None else bos
-        if rule != 'padded':
-            pad = None
-            if kind == 'bert':
-                eos = bos  # a quirk of the published packed sets, kept so that numbers compare
-    if eos is None or rule == 'padded' and pad is None:
-        raise UserError(f'--tokenizer {tokenizer} has no token that ends a document, like </s>, or '
-                        'none for the pads of an unpacked set, like [PAD]')
+        bos = eos if bos == 'none' else bos
+    if kind == 'bert' and rule != 'padded':
+        eos = bos  # a quirk of the published packed sets, kept so that numbers compare
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
     meta = dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
-                pad_id=pad, dtype='uint16' if size <= 65535 else 'uint32')
-    guarded(f'--tokenizer {tokenizer} will not do', check_meta, meta)
+                pad_id=pad if rule == 'padded' else None,
+                dtype='uint16' if size <= 65535 else 'uint32')
+    guarded(f'--tokenizer {tokenizer} will not do: it needs a token that ends a document, like </s>,'
+            ' and for an unpacked set one for the pads, like [PAD]', check_meta, meta)
     return meta
 
 # --------------------------------------------------------------------------------------------------
@@ -430,12 +427,12 @@ def in_threads(function, rows, workers):
             yield from future.result()
 
 
-def write_tokens(folder, rows, padded, max_tokens, sizes):
-    """Write the token files of both splits; returns meta's counts. sizes: bytes of each token. The
-    document that reaches max_tokens is the last one, and a long one may be cut."""
-    counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
+def write_tokens(folder, rows, sizes, max_tokens, meta):
+    """Write the token files of both splits, and their counts into meta. sizes: bytes of each token.
+    The document that reaches max_tokens is the last one, and a long one may be cut."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
+    counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
     for ends, val, size, ids in rows:
         part = int(val)
         files[part].write(ids)
@@ -445,16 +442,17 @@ def write_tokens(folder, rows, padded, max_tokens, sizes):
             starts[part].append(counts[part, 0])
         if enough:
             break
-    told = {}
-    for part, file, (tokens, size, known), begin in zip(PARTS, files, counts.tolist(), starts):
+    for part, file, begin, (tokens, size, known) in zip(PARTS, files, starts, counts.tolist()):
         file.close()
-        told |= {f'{part}_tokens': tokens, f'{part}_bytes': size,
-                 f'{part}_documents': len(begin) - 1}
+        documents = len(begin) - 1
+        if tokens <= documents and meta['rule'] != 'joined':
+            raise UserError('too little text to train and to validate on: prepare more')
+        meta.update({f'{part}_tokens': tokens, f'{part}_bytes': size,
+                     f'{part}_documents': documents})
         if known:
             (sizes * (size / known)).tofile(folder / f'{part}.bytes')
-        if padded:
+        if meta['rule'] == 'padded':
             (folder / f'{part}.idx').write_bytes(begin)
-    return told
 
 
 def choose_target(name, data_dir):
@@ -536,23 +534,21 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         rows = in_threads(work, pieces(documents(), length), workers)
         sizes = np.array([size(i) for i in range(meta['vocab_size'])])
         sizes[meta['eos_id']] = 1
-        meta |= write_tokens(new, rows, rule == 'padded', max_tokens, sizes)
-        for part in PARTS:
-            if meta[f'{part}_tokens'] <= meta[f'{part}_documents'] and rule != 'joined':
-                raise UserError('too little text to train and to validate on: prepare more')
+        write_tokens(new, rows, sizes, max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
     return meta
 
 
 def main():
     paths, options = [], []
-    args = sys.argv[1:] or ['--help']
-    for before, arg in zip(['', *args], args):
-        value = before.startswith('-') and '=' not in before        # of --name value
-        (options if arg.startswith('-') or value else paths).append(arg)
+    args = iter(sys.argv[1:] or ['--help'])
+    for arg in args:
+        if arg.startswith('--') and '=' not in arg:
+            arg = '='.join([arg, *islice(args, 1)])             # --name value
+        (options if arg.startswith('-') else paths).append(arg)
     settings = configure(globals(), CHECKS, options)
     try:
-        ''.join(args).encode()
+        ''.join(sys.argv).encode()
     except UnicodeEncodeError:
         raise UserError('a name that is not UTF-8 text cannot be used: rename the file')
     # `datasets` would import torch, ask the network of a local file, warn of forks

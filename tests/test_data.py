@@ -616,7 +616,15 @@ def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new(notes):
         else:
             missing += 1
             stops('python prepare.py notes', load_data, data / 'notes')
-        fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
+        if call % 2:
+            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
+        else:
+            shutil.copytree(data, notes / f'copy{call}')
+            ok('notes', '--tokenizer', 'bytes', cwd=notes)
+            assert everything(data) == new
+            shutil.rmtree(data)
+            os.rename(notes / f'copy{call}', data)
+            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
         assert everything(data) in (old, new) and os.listdir(data) == ['notes']
         found.append('none' if not died else 'old' if everything(data) == old else 'new')
     assert missing == 1 and found.count('old') > 3 and found.count('new') > 3

@@ -417,7 +417,7 @@ def test_bert_is_the_reference_word_piece(tmp_path, real):
 
 def test_any_tokenizer_json(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
-    vocabulary = {'a': 0, 'b': 1, '?': 2, '<s>': 3, '</s>': 4}
+    vocabulary = {'<s>': 0, 'a': 1, 'b': 2, '?': 3, '</s>': 4}
     json_file = Tokenizer(models.WordLevel(vocabulary, unk_token='?'))
     json_file.pre_tokenizer = pre_tokenizers.Whitespace()
     json_file.enable_truncation(2)
@@ -426,13 +426,13 @@ def test_any_tokenizer_json(tmp_path):
     (tmp_path / 'text.txt').write_text('a b c\n' * 20)
     ok('text.txt', '--tokenizer', 'tokenizer.json', cwd=tmp_path)
     meta, data = load_data(tmp_path / 'data/text')
-    assert (meta['vocab_size'], meta['bos_id'], meta['eos_id']) == (5, 3, 4)
-    assert data['train'][0].tolist() == [0, 1, 2] * 19 + [4]
+    assert (meta['vocab_size'], meta['bos_id'], meta['eos_id']) == (5, 0, 4)
+    assert data['train'][0].tolist() == [1, 2, 3] * 19 + [4]
     (tmp_path / 'none.json').write_text(
         (tmp_path / 'tokenizer.json').read_text().replace('</s>', 'end'))
     (tmp_path / 'half.json').write_text('{"half": ')
     (tmp_path / 'vocab.txt').write_text('a\nb\n')
-    for name, says in (('none.json', 'no token that ends a document'), ('half.json', 'half.json'),
+    for name, says in (('none.json', 'needs a token that ends a document'), ('half.json', 'half.json'),
                        ('vocab.txt', 'vocab.txt'), ('missing.json', 'missing.json'),
                        ('words', 'give bytes, bpe')):
         fails(says, 'text.txt', '--tokenizer', name, cwd=tmp_path)
