@@ -368,8 +368,8 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
             vocab_size = min(VOCAB_SIZE, max(512, known // 256))
         size = train_bpe(head(texts(), LEARN_FROM), vocab_size, path)
     elif tokenizer != 'bytes':
-        kind, ids = guarded(f'--tokenizer {tokenizer} is not to be had: give bytes, bpe, gpt2, bert '
-                            '(fetched from the hub once), a vocab.txt or a tokenizer.json',
+        kind, ids = guarded(f'--tokenizer {tokenizer} is not to be had: give bytes, bpe, gpt2, '
+                            'bert (fetched from the hub once), a vocab.txt or a tokenizer.json',
                             write_vocabulary, tokenizer, path)
         size = 1 + max(ids.values())
         bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), 'none')
@@ -381,8 +381,8 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
     meta = dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
                 pad_id=pad if rule == 'padded' else None,
                 dtype='uint16' if size <= 65535 else 'uint32')
-    guarded(f'--tokenizer {tokenizer} will not do: it needs a token that ends a document, like </s>,'
-            ' and for an unpacked set one for the pads, like [PAD]', check_meta, meta)
+    guarded(f'--tokenizer {tokenizer} will not do: it needs a token that ends a document, like '
+            '</s>, and for an unpacked set one for the pads, like [PAD]', check_meta, meta)
     return meta
 
 # --------------------------------------------------------------------------------------------------
@@ -487,6 +487,8 @@ def replacing(target):
         except BlockingIOError:
             raise UserError(f'another prepare.py is at work in {scratch}: wait, or choose another '
                             '--name')
+        except OSError:
+            pass                                    # of a file system that has no locks
         try:
             settle(target, older)
             shutil.rmtree(new, ignore_errors=True)

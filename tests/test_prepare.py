@@ -523,7 +523,8 @@ def test_records_that_are_none(tmp_path):
     (tmp_path / 'no.parquet').write_bytes(b'no')
     pyarrow.parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'column.parquet')
     pyarrow.parquet.write_table(pyarrow.table({'text': ['x', None]}), tmp_path / 'null.parquet')
-    (tmp_path / 'deep.jsonl').write_text('{"text": "fine"}\n' + '[' * 200_000 + ']' * 200_000 + '\n')
+    deep = '[' * 200_000 + ']' * 200_000
+    (tmp_path / 'deep.jsonl').write_text(f'{{"text": "fine"}}\n{deep}\n')
     (tmp_path / 'empty.jsonl').write_text('\n')
     (tmp_path / 'blank.jsonl').write_text('{"text": ""}\n' * 99)
     for name, says in (('key.jsonl', 'after record 2: KeyError'),
@@ -752,13 +753,13 @@ def test_pads_carry_no_loss_in_training(monkeypatch, objective):
 
 def test_padded_data_trains_and_validates(tmp_path, published):
     shutil.copytree(published / 'lm1b', tmp_path / 'data/lm1b')
-    good(script(tmp_path, 'train.py', *TINY, '--dataset=lm1b', '--max_iters=4',
-                '--objective=ar', '--out_dir=ar', '--num_samples=0'))
+    good(script(tmp_path, 'train.py', *TINY, '--dataset=lm1b', '--block_size=64',
+                '--max_iters=4', '--objective=ar', '--out_dir=ar', '--num_samples=0'))
     said = good(script(tmp_path, 'eval.py', '--out_dir=ar', '--batch_size=7'))
     result = json.loads(said.splitlines()[-1])
     model, _ = load_model(tmp_path / 'ar')
     meta, data = load_data(tmp_path / 'data/lm1b')
-    x = torch.from_numpy(get_rows(data['val'], range(50), 32, meta))
+    x = torch.from_numpy(get_rows(data['val'], range(50), 64, meta))
     logp = model(x[:, :-1], None).log_softmax(-1)
     keep = x[:, 1:] != meta['pad_id']
     nats = -logp.gather(-1, x[:, 1:, None])[..., 0][keep]
