@@ -5,7 +5,8 @@ A data set is a folder: train.bin and val.bin, flat streams of uint16 (uint32 fo
 tokens in the vocabulary), meta.json (the tokenizer, its size, its special ids, the counts) and, for
 a tokenizer that has a file, tokenizer.json. Packed, every document is ended by eos (save in the
 zero-shot sets), and rows are cut anywhere. Padded (pad_id is a number), every document is a row,
-and train.idx and val.idx say where it begins: uint64, one more of them than documents.
+and train.idx and val.idx say where it begins: uint64, one more of them than documents. train.bytes
+and val.bytes: how many bytes of the text each token of the vocabulary stands for, float64.
 """
 import functools
 import hashlib
@@ -23,13 +24,12 @@ from configurator import UserError
 # words. They get lines, therefore: the same tokens, where a book in one piece costs `tokenizers`
 # several times the time, and gigabytes.
 LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
-META = ('tokenizer tokenizer_sha256 vocab_size bos_id eos_id pad_id train_tokens val_tokens '
-        'train_bytes val_bytes').split()
 
 
 class Tokenizer(NamedTuple):
     encode: Callable  # text -> list of ids, no special ones added
     decode: Callable  # a list or 1-d array of ids -> text; eos is a blank line, broken bytes U+FFFD
+    size: Callable    # an id -> how many bytes of text it stands for, by its spelling
 
 
 def load_tokenizer(meta, folder):
@@ -38,11 +38,12 @@ def load_tokenizer(meta, folder):
     if name == 'bytes':
         encode = lambda text: list(text.encode())
         decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
+        size = lambda i: 1
     elif name == 'gpt2':
-        encode, decode = load_gpt2()
+        encode, decode, size = load_gpt2()
     else:
-        encode, decode = load_file(name, Path(folder, 'tokenizer.json'),
-                                   meta.get('tokenizer_sha256'))
+        encode, decode, size = load_file(name, Path(folder, 'tokenizer.json'),
+                                         meta.get('tokenizer_sha256'))
     hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
 
     def decode_documents(ids):
@@ -51,7 +52,7 @@ def load_tokenizer(meta, folder):
         return '\n\n'.join(decode([i for i in document.tolist() if i not in hidden])
                            for document in documents)
 
-    return Tokenizer(encode, decode_documents)
+    return Tokenizer(encode, decode_documents, size)
 
 
 def load_gpt2():
@@ -61,65 +62,82 @@ def load_gpt2():
     except (OSError, ValueError) as error:
         raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
                         'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
-    return gpt2.encode_ordinary, gpt2.decode
+    return gpt2.encode_ordinary, gpt2.decode, lambda i: len(gpt2.decode_single_token_bytes(i))
+
+
+def guarded(message, function, *args):
+    """Call a function of `tokenizers`. Whatever goes wrong is a UserError: it raises nothing finer
+    than Exception, and its panics are not even that."""
+    try:
+        return function(*args)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
+            raise UserError(f'{message} ({error!s:.200})')
+        raise
 
 
 def load_file(name, path, sha256):
-    """encode and decode of a tokenizer.json; with None as sha256, of any."""
+    """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
     import tokenizers
-    try:
-        raw = path.read_bytes()
-        if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
-            raise ValueError('it is not the one that these tokens were made with')
-        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-    except Exception as error:  # `tokenizers` raises nothing finer
-        raise UserError(f'{path} cannot be read ({error}): prepare the data again')
+    call = functools.partial(guarded, f'{path} is no usable tokenizer: prepare the data again')
+    raw = call(path.read_bytes)
+    if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+        raise UserError(f'{path} is not the one that these tokens were made with')
+    tokenizer = call(tokenizers.Tokenizer.from_buffer, raw)
     tokenizer.encode_special_tokens = True  # an <|endoftext|> that stands in a text is text
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
     def encode(text):
         lines = [text] if name == 'json' else LINE_ENDS.split(text)
-        return [i for line in lines for i in tokenizer.encode(line, add_special_tokens=False).ids]
+        found = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        return [i for line in found for i in line.ids]
 
-    return encode, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    # in a byte-level vocabulary each character of a token is a byte
+    size = lambda i: len(tokenizer.id_to_token(i) or '')
+    return functools.partial(call, encode), functools.partial(call, decode), size
 
 
 def same_tokenizer(meta, other):
-    """Do two metas number the same tokens alike? A model of the authors' names its tokenizer, and
-    has no file of it."""
-    files = {m.get('tokenizer_sha256') for m in (meta, other)} - {None}
-    return len(files) < 2 and all(meta[key] == other[key] for key in ('tokenizer', 'vocab_size'))
+    """Do two metas number the same tokens alike?"""
+    return not tokenizer_difference(meta, other)
+
+
+def tokenizer_difference(meta, other):
+    """What keeps two metas from numbering the same tokens alike, in words; '' if nothing does. Only
+    tokenizers without a file, of which a model of the authors has none, are known by their name."""
+    have_files = meta.get('tokenizer_sha256') and other.get('tokenizer_sha256')
+    keys = ('tokenizer_sha256', 'bos_id', 'eos_id') if have_files else ('tokenizer',)
+    return ', '.join(f'{key} {meta[key]!s:.16} and {other[key]!s:.16}'
+                     for key in ('vocab_size', *keys) if meta[key] != other[key])
 
 
 def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its tokens as no tokenizer does."""
-    name, size, pad = str(meta['tokenizer']), meta['vocab_size'], meta['pad_id']
+    size, pad = meta['vocab_size'], meta['pad_id']
     ids = [meta['bos_id'], meta['eos_id'], meta['eos_id'] if pad is None else pad]
     if {type(i) for i in [size, *ids]} != {int} or not 0 <= min(ids) <= max(ids) < size < 2**20:
         raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {size!r:.40} tokens')
-    if size != {'bytes': 256, 'gpt2': 50257}.get(name, size):
-        raise ValueError(f'{name} has not {size} tokens')
+    if size != {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), size):
+        raise ValueError(f'{meta["tokenizer"]} has not {size} tokens')
 
 
 def load_data(folder):
     """-> meta, {'train': stream, 'val': stream}, memory-mapped and checked against meta. A stream
-    is what num_rows and get_rows take: tokens, uint16 or uint32; and where each document begins,
-    int64, or None of a packed set."""
+    is what num_rows and get_rows take: tokens, uint16 or uint32; where each document begins, int64,
+    or None of a packed set; and the bytes of text of each token of the vocabulary, float64."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        for key in META:
-            if key not in meta:
-                raise ValueError(f'meta.json lacks {key}')
         check_meta(meta)
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
-    except (OSError, ValueError, TypeError) as error:
-        recipes = {'owt_t4': 'owt --max_docs 100000 --name owt_t4',
-                   'stdlib_bytes': 'stdlib --tokenizer bytes --name stdlib_bytes'}
-        recipe = recipes.get(folder.name, folder.name)
-        raise UserError(f'no usable data set in {folder} ({error}): make it with python prepare.py '
-                        f'{recipe}, or from text of yours (prepare.py --help)') from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): make '
+                        f'it with python prepare.py {folder.name}, as the first lines of a config '
+                        'file say, or from text of yours (prepare.py --help)') from None
 
 
 def load_stream(folder, split, meta):
@@ -128,7 +146,7 @@ def load_stream(folder, split, meta):
     if type(size) is not int or count != 0 and size < 1:
         raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
     if count == 0:  # a zero-shot set has nothing to train on
-        return np.empty(0, dtype), None
+        return np.empty(0, dtype), None, None
     tokens, starts = np.memmap(folder / f'{split}.bin', dtype, 'r'), None
     if len(tokens) != count:
         raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {count!r:.40}')
@@ -136,12 +154,17 @@ def load_stream(folder, split, meta):
         starts = np.memmap(folder / f'{split}.idx', np.uint64, 'r').view(np.int64)
         if starts[0] or starts[-1] != count or (starts[1:] < starts[:-1]).any():
             raise ValueError(f'{split}.idx does not divide the {count} tokens of {split}.bin')
-    return tokens, starts
+    sizes, path = np.full(meta['vocab_size'], size / count), folder / f'{split}.bytes'
+    if path.exists():   # sets of an older version have none
+        sizes = np.memmap(path, float, 'r', shape=sizes.shape)
+    if not 0 <= sizes.min() <= sizes.max() < 2**20:
+        raise ValueError(f'{path} holds no numbers of bytes')
+    return tokens, starts, sizes
 
 
 def check_tokens(data, vocab_size, folder):
     """UserError if a stream holds a token that the tokenizer lacks. Reads all of it, GB/s."""
-    for split, (tokens, _) in data.items():
+    for split, (tokens, *_) in data.items():
         largest = tokens.max(initial=0)
         if largest >= vocab_size:
             raise UserError(f'{folder}/{split}.bin holds token {largest}, and the vocabulary has '
@@ -152,7 +175,7 @@ def fingerprint(data):
     """A checksum of the streams' lengths and of a thousand tokens of each, or two: rewritten data
     will not have it."""
     digest = hashlib.sha256()
-    for tokens, _ in data.values():
+    for tokens, *_ in data.values():
         some = tokens[::max(1, len(tokens) // 1000)]
         digest.update(f'{len(tokens)} {some.tolist()}'.encode())
     return digest.hexdigest()
@@ -161,7 +184,7 @@ def fingerprint(data):
 def num_rows(stream, block_size):
     """How many rows a stream gives. A padded one: its documents; a packed one: each row takes
     block_size - 2 of its tokens, the remainder is dropped."""
-    tokens, starts = stream
+    tokens, starts, *_ = stream
     n = block_size - 2
     rows = len(starts) - 1 if starts is not None else len(tokens) // max(n, 1)
     if n < 1 or rows < 1:
@@ -174,7 +197,7 @@ def num_rows(stream, block_size):
 def spans(stream, rows, block_size):
     """Where the tokens of rows stand in their stream, bos and eos not counted: begin, length, int64
     (len(rows),)."""
-    _, starts = stream
+    _, starts, *_ = stream
     rows, n = np.asarray(rows), block_size - 2
     if starts is None:
         return rows * n, np.full_like(rows, n)
@@ -191,11 +214,6 @@ def get_rows(stream, rows, block_size, meta):
     inside = (place >= 0) & (place < length)
     out[inside] = stream[0][(begin + place)[inside]]
     return out
-
-
-def tokens_per_row(stream, rows, block_size):
-    """How many tokens of text a row holds, on average: bits per byte are of these."""
-    return spans(stream, rows, block_size)[1].mean().item()
 
 
 def loss_mask(x0, pad_id):
@@ -233,11 +251,13 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     if not math.isfinite(loss):
         raise UserError(f'the {split} loss is {loss}: no figures')
     error = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else math.nan
-    tokens = tokens_per_row(stream, rows, block_size)
-    scored = tokens + 1 if objective == 'ar' else tokens + 2  # AR is given the first of a row
+    tokens, _, sizes = stream
+    begin, length = spans(stream, rows, block_size)
+    text_bytes = sum(sizes[tokens[i:i + n]].sum() for i, n in zip(begin, length)).item()
+    edges = 1 if objective == 'ar' else 2                       # AR is given the first of a row
     bpd = loss / math.log(2)
     ppl = math.exp(min(loss, 99))
-    bpb = bpd * scored / tokens * meta[f'{split}_tokens'] / meta[f'{split}_bytes']
+    bpb = bpd * (length + edges).sum().item() / max(text_bytes, 1)
     text = (f'{loss:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} '
             'bits per byte')
     return text, dict(loss=loss, error=error, bpd=bpd, ppl=ppl, bpb=bpb)

@@ -12,6 +12,7 @@ Text -> token files: data/NAME/{train,val}.bin and meta.json (data.py says what 
 A named file may be any UTF-8 text, or hold one document per record: .jsonl, .jsonl.gz, .jsonl.zst
 or .parquet. Of a folder, every .txt, .md and record file is taken, at any depth.
 """
+import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -22,13 +23,17 @@ import re
 import shutil
 import sys
 from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError, configure, run
-from data import LINE_ENDS, load_tokenizer
+from data import LINE_ENDS, check_meta, guarded, load_tokenizer
 
 name = ''                     # what to call it; '': as the set, or the first file or folder
 tokenizer = ''                # bytes, bpe (learnt from the text), gpt2, bert, or the path of a
@@ -39,18 +44,20 @@ data_dir = 'data'             # where the data sets are
 text_key = 'text'             # where in a record the text is
 revision = 'main'             # of hf:ORG/NAME
 max_docs = 0                  # stop after so many documents
-max_tokens = 0                # stop soon after so many training tokens; takes one process
-workers = os.cpu_count()      # processes
+max_tokens = 0                # stop soon after so many training tokens
+workers = os.cpu_count()      # threads
 CHECKS = [
     ('vocab_size max_docs max_tokens workers', lambda v: v >= 0, 'at least 0'),
     ('val_fraction', lambda v: 0 < v < 1, 'between 0 and 1'),
 ]
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens
 LEARN_FROM = 100_000_000      # characters of the training text that teach a BPE
-PIECE = 2 ** 18               # characters: a longer text is tokenised in pieces
-ROWS = 64                     # pieces handled at a time
+RECORD = 2 ** 26              # characters: a longer line is no record
+PIECE = 2 ** 16               # characters: a longer text is tokenised in pieces
+ROWS = 16                     # pieces that a thread is given at a time
 PARTS = ('train', 'val')
-FILES = set('train.bin val.bin train.idx val.idx meta.json tokenizer.json'.split())
+FILES = set('train.bin val.bin train.idx val.idx train.bytes val.bytes meta.json tokenizer.json'
+            .split())
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
 # Of the standard library: no tests, no generated tables, nothing that belongs to one machine.
@@ -61,6 +68,9 @@ LEFT_OUT = re.compile(r'/(test|tests|idle_test|encodings|pydoc_data|entities\.py
 SPECIAL = ('<|begin_of_text|> <s> <bos> [CLS]',
            '<|endoftext|> <|end_of_text|> </s> <eos> [SEP]',
            '[PAD] <pad>')
+# What divides the text in a tokenizer.json like ours; of others nothing is known.
+KINDS = {'ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)': 'bpe',
+         'BertPreTokenizer()': 'bert'}
 
 # --------------------------------------------------------------------------------------------------
 # the published sets
@@ -188,16 +198,19 @@ def read_text(path):
 
 def read_rows(path):
     """Yield the records of a .jsonl file, compressed or not, or of a .parquet file."""
-    import datasets
-    import pyarrow
     if path.endswith('.parquet'):
+        import datasets
         yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',
                                          streaming=True)
-    else:   # the 'json' loader makes dates of texts, and refuses a field that appears late
-        with pyarrow.input_stream(path) as file:
-            for line in io.TextIOWrapper(file, encoding='utf-8'):
-                if line.strip():
-                    yield json.loads(line)
+        return
+    import pyarrow  # the 'json' loader makes dates of texts, and refuses a field that appears late
+    with pyarrow.input_stream(path) as file:
+        text = io.TextIOWrapper(file, encoding='utf-8')
+        while line := text.readline(RECORD):
+            if len(line) == RECORD:
+                raise ValueError(f'a line of {RECORD:,} characters or more')
+            if line.strip():
+                yield json.loads(line)
 
 
 def read_file(path, key):
@@ -210,7 +223,7 @@ def read_file(path, key):
         for row in read_rows(path):
             number += 1
             yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f'{path}: no text under {key!r} (--text_key) after record {number}: '
                         f'{error!r:.200}')
 
@@ -243,8 +256,11 @@ def find_files(paths):
         if os.path.isdir(path):
             files = glob.glob(f'{glob.escape(path)}/**', recursive=True)
             files = [file for file in files if file.endswith(TEXTS + RECORDS)]
-        found += [os.path.abspath(file) for file in files
-                  if file.endswith(RECORDS) or read_text(file).strip()]
+        for file in files:
+            if not os.path.isfile(file):
+                raise UserError(f'{file!r} is not there, or no regular file')
+            if file.endswith(RECORDS) or read_text(file).strip():
+                found.append(os.path.abspath(file))
     if not found:
         raise UserError(f'no text in {", ".join(paths)}: of folders, {TEXTS + RECORDS} are read')
     root = os.path.commonpath([os.path.dirname(file) for file in found])
@@ -293,7 +309,7 @@ def read_hub(row, revision, val_fraction, max_docs):
         for text in hub_texts(repo, revision, val, column):
             yield True, text
     if train != '-':
-        total = min(int(total), max_docs or int(total))
+        total = min(int(total), max_docs or sys.maxsize)
         first = total - min(total // 10, 100_000)
         texts = islice(hub_texts(repo, revision, train, column), max_docs or None)
         for number, text in enumerate(texts):
@@ -326,59 +342,55 @@ def head(texts, characters):
             return
 
 
-def load_vocabulary(source):
-    """-> 'bert' or 'json', and the `tokenizers` tokenizer of a vocab.txt or a tokenizer.json."""
+def write_vocabulary(source, path):
+    """Write a vocab.txt or a tokenizer.json to path, as a tokenizer.json; -> its kind and ids."""
     from huggingface_hub import hf_hub_download
     from tokenizers import BertWordPieceTokenizer, Tokenizer, models
-    try:
-        if source == 'bert':
-            source = hf_hub_download(BERT, 'vocab.txt', revision=REVISIONS[BERT])
-        if source.endswith('.txt'):
-            return 'bert', BertWordPieceTokenizer(models.WordPiece.read_file(source))
-        return 'json', Tokenizer.from_file(source)
-    except Exception as error:                              # `tokenizers` raises nothing finer
-        raise UserError(f'--tokenizer {source} is not to be had ({error!s:.120}): give bytes, bpe, '
-                        'gpt2, bert (fetched from the hub once), a vocab.txt or a tokenizer.json')
+    if source == 'bert':
+        source = hf_hub_download(BERT, 'vocab.txt', revision=REVISIONS[BERT])
+    if source.endswith('.txt'):
+        BertWordPieceTokenizer(models.WordPiece.read_file(source)).save(str(path))
+    else:
+        shutil.copyfile(source, path)
+    vocabulary = Tokenizer.from_file(str(path))
+    return KINDS.get(str(vocabulary.pre_tokenizer), 'json'), vocabulary.get_vocab()
 
 
 def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
     """Write a tokenizer's file to path, if it has one, and return what meta says of it.
     tokenizer: as --tokenizer; texts(): the training text; rule: as in SETS."""
-    kind, bos, eos, pad = tokenizer, 0, 0, None
-    if tokenizer == 'bytes':
-        size = 256
-    elif tokenizer == 'gpt2':
+    kind, size, bos, eos, pad = tokenizer, 256, 0, 0, 'none'
+    if tokenizer == 'gpt2':
         size, bos, eos = 50257, 50256, 50256
     elif tokenizer == 'bpe':
         if not vocab_size:  # a small text cannot teach 4096 tokens: one for every 256 characters
             known = sum(map(len, head(texts(), VOCAB_SIZE * 256)))
             vocab_size = min(VOCAB_SIZE, max(512, known // 256))
         size = train_bpe(head(texts(), LEARN_FROM), vocab_size, path)
-    else:
-        kind, vocabulary = load_vocabulary(tokenizer)
-        vocabulary.save(str(path))
-        ids = vocabulary.get_vocab()
+    elif tokenizer != 'bytes':
+        kind, ids = guarded(f'--tokenizer {tokenizer} is not to be had: give bytes, bpe, gpt2, '
+                            'bert (fetched from the hub once), a vocab.txt or a tokenizer.json',
+                            write_vocabulary, tokenizer, path)
         size = 1 + max(ids.values())
-        bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), None)
+        bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), 'none')
                          for names in SPECIAL)
-        bos = bos or eos
-        if rule != 'padded':
-            pad = None
-            if kind == 'bert':
-                eos = bos  # a quirk of the published packed sets, kept so that numbers compare
-    if eos is None or rule == 'padded' and pad is None:
-        raise UserError(f'--tokenizer {tokenizer} has no token that ends a document, like </s>, or '
-                        'none for the pads of an unpacked set, like [PAD]')
+        bos = eos if bos == 'none' else bos
+    if kind == 'bert' and rule != 'padded':
+        eos = bos  # a quirk of the published packed sets, kept so that numbers compare
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-    return dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
-                pad_id=pad, dtype='uint16' if size <= 65535 else 'uint32')
+    meta = dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
+                pad_id=pad if rule == 'padded' else None,
+                dtype='uint16' if size <= 65535 else 'uint32')
+    guarded(f'--tokenizer {tokenizer} will not do: it needs a token that ends a document, like '
+            '</s>, and for an unpacked set one for the pads, like [PAD]', check_meta, meta)
+    return meta
 
 # --------------------------------------------------------------------------------------------------
 # documents -> pieces of text -> tokens -> token files
 
 def pieces(documents, length):
-    """Rows for `datasets`: text, ends (the document?), val. A document longer than that is cut
-    between lines, where no tokenizer joins anything."""
+    """Yield rows: text, does it end a document?, does it validate? A document longer than length is
+    cut between lines, where no tokenizer joins anything."""
     ends = False
     for val, text in documents:
         start, ends = 0, False
@@ -386,68 +398,61 @@ def pieces(documents, length):
             safe = LINE_ENDS.search(text, start + length)
             ends = safe is None
             end = len(text) if ends else safe.start()
-            yield dict(text=text[start:end], ends=ends, val=val)
+            yield text[start:end], ends, val
             start = end
     if not ends:
         raise UserError('there is no document: check the path, and the names of the files')
 
 
-def encode_batch(rows, encode, detokeniser, meta):
-    """Adds to rows of text, ends, val: ids, and how many bytes of text they stand for."""
-    ids, size = [], []
-    for text, ends in zip(rows['text'], rows['ends']):
-        text = detokenise(text, detokeniser)
-        tokens, n_bytes = encode(text), len(text.encode())
-        if ends and meta['rule'] == 'packed':
-            tokens.append(meta['eos_id'])
-        if ends and meta['rule'] != 'joined':
-            n_bytes += 1                    # the end of a document counts as one
-        ids.append(np.array(tokens, meta['dtype']))
-        size.append(n_bytes)
-    return dict(ids=ids, size=size)
+def encode_row(row, encode, detokeniser, meta):
+    """-> does it end a document?, does it validate?, its bytes, its tokens."""
+    text, ends, val = row
+    text = detokenise(text, detokeniser)
+    eos = [meta['eos_id']] if ends and meta['rule'] == 'packed' else []
+    size = len(text.encode()) + (ends and meta['rule'] != 'joined')     # a document's end is a byte
+    return ends, val, size, np.array(encode(text) + eos, meta['dtype'])
 
 
-def tokenise(rows, scratch, settings, stream, workers):
-    """-> a Dataset of encode_batch's rows; if stream, one that is tokenised as it is read."""
-    from datasets import Dataset, IterableDataset
-    from datasets.exceptions import DatasetGenerationError
-    options = dict(batched=True, batch_size=ROWS, remove_columns=['text'], fn_kwargs=settings)
-    if stream:
-        return IterableDataset.from_generator(rows).map(encode_batch, **options)
-    try:
-        # with a fingerprint given, neither the documents nor the tokenizer are hashed
-        text = Dataset.from_generator(rows, cache_dir=scratch, fingerprint='text',
-                                      writer_batch_size=ROWS)
-    except DatasetGenerationError as error:
-        raise error.__cause__
-    if text.data.nbytes < 2**23:
-        workers = None                      # it is done before other processes have started
-    return text.map(encode_batch, num_proc=workers, new_fingerprint='tokens',
-                    writer_batch_size=ROWS, cache_file_name=f'{scratch}/tokens.arrow', **options)
+def in_threads(function, rows, workers):
+    """Yield function(row) of each row, in order; few rows are in memory. Threads suffice, as the
+    tokenizers release the interpreter's lock."""
+    many = lambda some: [function(row) for row in some]
+    waiting = deque()
+    with ThreadPoolExecutor(workers or 1) as pool:
+        while some := list(islice(rows, ROWS)):
+            waiting.append(pool.submit(many, some))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
 
 
-def write_tokens(folder, tokens, padded, max_tokens):
-    """Write the token files of both splits; returns meta's counts."""
-    counts = {f'{part}_{unit}': 0 for part in PARTS for unit in ('tokens', 'bytes', 'documents')}
+def write_tokens(folder, rows, sizes, max_tokens, meta):
+    """Write the token files of both splits, and their counts into meta. sizes: bytes of each token.
+    The document that reaches max_tokens is the last one, and a long one may be cut."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
-    rows = (row for table in tokens.with_format('arrow').iter(ROWS) for row in zip(*table))
-    for ends, val, ids, size in rows:
-        i = int(val.as_py())
-        part = PARTS[i]
-        files[i].write(ids.values.to_numpy())
-        counts[f'{part}_tokens'] += len(ids)
-        counts[f'{part}_bytes'] += size.as_py()
-        if ends.as_py():
-            counts[f'{part}_documents'] += 1
-            starts[i].append(counts[f'{part}_tokens'])
-            if max_tokens and counts['train_tokens'] >= max_tokens:
-                break
-    for i, part in enumerate(PARTS):
-        files[i].close()
-        if padded:
-            (folder / f'{part}.idx').write_bytes(starts[i])
-    return counts
+    counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
+    for ends, val, size, ids in rows:
+        part = int(val)
+        files[part].write(ids)
+        counts[part] += len(ids), size, sizes[ids].sum()
+        enough = 0 < max_tokens <= counts[0, 0]
+        if ends or enough:
+            starts[part].append(counts[part, 0])
+        if enough:
+            break
+    for part, file, begin, (tokens, size, known) in zip(PARTS, files, starts, counts.tolist()):
+        file.close()
+        documents = len(begin) - 1
+        if tokens <= documents and meta['rule'] != 'joined':
+            raise UserError('too little text to train and to validate on: prepare more')
+        meta.update({f'{part}_tokens': tokens, f'{part}_bytes': size,
+                     f'{part}_documents': documents})
+        if known:
+            (sizes * (size / known)).tofile(folder / f'{part}.bytes')
+        if meta['rule'] == 'padded':
+            (folder / f'{part}.idx').write_bytes(begin)
 
 
 def choose_target(name, data_dir):
@@ -460,6 +465,42 @@ def choose_target(name, data_dir):
         raise UserError(f'{target} holds {min(foreign)}, which is no part of a data set: choose '
                         'another --name')
     return target
+
+
+def settle(target, older):
+    """Wherever the renames were stopped: the older set goes back, or goes if the new is there."""
+    if older.exists() and not target.exists():
+        older.rename(target)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target):
+    """An empty folder, for this process alone, that takes the target's place at the end. Until then
+    the older target stays, whatever goes wrong; the next start puts in order what a kill left."""
+    scratch, older = (target.with_name(f'.{target.name}.{end}') for end in ('unfinished', 'old'))
+    new = scratch / 'new'
+    scratch.mkdir(parents=True, exist_ok=True)
+    with open(scratch / 'lock', 'w') as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another prepare.py is at work in {scratch}: wait, or choose another '
+                            '--name')
+        except OSError:
+            pass                                    # of a file system that has no locks
+        try:
+            settle(target, older)
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+            os.sync()                               # a machine may die, too
+            if target.exists():
+                target.rename(older)
+            new.rename(target)
+        finally:
+            settle(target, older)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key, revision,
@@ -480,58 +521,40 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         files = stdlib_files() if paths == ['stdlib'] else find_files(paths)
         documents = lambda: islice(split_files(files, val_fraction, text_key), max_docs or None)
     name = name or re.sub(r'(\.jsonl)?\.\w+$', '', Path(source).name)
-    target = choose_target(name, data_dir)
 
-    # 2. TOKENS, in a folder beside the target
-    scratch = target.with_name(f'.{name}.unfinished')
-    older = target.with_name(f'.{name}.old')
-    if older.exists() and not target.exists():              # killed between the two renames below
-        older.rename(target)
-    shutil.rmtree(scratch, ignore_errors=True)
-    new = scratch / 'new'
-    try:
-        new.mkdir(parents=True)
+    # 2. TOKENS
+    with replacing(choose_target(name, data_dir)) as new:
         training = lambda: (text for val, text in documents() if not val)
         meta = make_tokenizer(tokenizer or usual, vocab_size, training, new / 'tokenizer.json',
                               rule)
         meta.update(name=name, source=source, rule=rule)
-        settings = dict(encode=load_tokenizer(meta, new).encode, detokeniser=detokeniser, meta=meta)
+        encode, _, size = load_tokenizer(meta, new)
+        work = partial(encode_row, encode=encode, detokeniser=detokeniser, meta=meta)
         # rules and tokenizers of others may look across any place
-        piece = PIECE if detokeniser == '-' and meta['tokenizer'] != 'json' else sys.maxsize
-        tokens = tokenise(lambda: pieces(documents(), piece), str(scratch), settings, max_tokens,
-                          workers)
-        meta |= write_tokens(new, tokens, rule == 'padded', max_tokens)
-        for part in PARTS:
-            if meta[f'{part}_tokens'] <= meta[f'{part}_documents'] and rule != 'joined':
-                raise UserError('too little text to train and to validate on: prepare more')
+        by_pieces = detokeniser == '-' and meta['tokenizer'] != 'json'
+        length = min(PIECE, max_tokens or PIECE) if by_pieces else sys.maxsize
+        rows = in_threads(work, pieces(documents(), length), workers)
+        sizes = np.array([size(i) for i in range(meta['vocab_size'])])
+        sizes[meta['eos_id']] = 1
+        write_tokens(new, rows, sizes, max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
-        # 3. IN PLACE
-        if target.exists():
-            target.rename(older)
-        new.rename(target)
-        shutil.rmtree(older, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return meta
 
 
 def main():
-    paths, options, args = [], [], sys.argv[1:] or ['--help']
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith('-'):
-            paths.append(arg)
-        else:
-            options.append(arg)
-            if '=' not in arg and args:                     # --name value
-                options.append(args.pop(0))
+    paths, options = [], []
+    args = iter(sys.argv[1:] or ['--help'])
+    for arg in args:
+        if arg.startswith('--') and '=' not in arg:
+            arg = '='.join([arg, *islice(args, 1)])             # --name value
+        (options if arg.startswith('-') else paths).append(arg)
     settings = configure(globals(), CHECKS, options)
+    try:
+        ''.join(sys.argv).encode()
+    except UnicodeEncodeError:
+        raise UserError('a name that is not UTF-8 text cannot be used: rename the file')
     # `datasets` would import torch, ask the network of a local file, warn of forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
-    import datasets
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # what goes wrong is told here
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     for sources in [[name] for name in ZEROSHOT] if paths == ['zeroshot'] else [paths]:
         meta = prepare(sources, **settings)
         print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '

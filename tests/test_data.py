@@ -3,21 +3,23 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import prepare
 from configurator import UserError
 from data import (Tokenizer, check_tokens, epoch_rows, fingerprint, get_rows, load_data,
-                  load_tokenizer, num_rows, same_tokenizer)
+                  likelihood_figures, load_tokenizer, num_rows, same_tokenizer,
+                  tokenizer_difference)
 from helpers import ROOT
 
 BPE_FILE = '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'  # tiktoken's name for GPT-2's vocab.bpe
@@ -133,12 +135,12 @@ def test_meta_says_what_is_there(home, name):
     folder = home / 'data' / name
     meta, data = load_data(folder)
     bpe = name == 'play'
-    files = {'train.bin', 'val.bin', 'meta.json'}
+    files = {'train.bin', 'val.bin', 'train.bytes', 'val.bytes', 'meta.json'}
     assert set(os.listdir(folder)) == files | ({'tokenizer.json'} if bpe else set())
     assert (meta['name'], meta['dtype']) == (name, 'uint16')
     assert meta['tokenizer'] == ('bpe' if bpe else 'bytes')
     assert (meta['bos_id'], meta['eos_id'], meta['pad_id']) == (0, 0, None)
-    for split, (tokens, starts) in data.items():
+    for split, (tokens, starts, _) in data.items():
         assert starts is None and tokens.dtype == np.uint16
         assert len(tokens) == meta[f'{split}_tokens'] > 0
         assert tokens.max() < meta['vocab_size']
@@ -258,7 +260,7 @@ def test_a_tokenizer(home, monkeypatch, name):
         monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
     else:
         meta = load_data(folder)[0]
-    encode, decode = load_tokenizer(meta, folder)
+    encode, decode, size = load_tokenizer(meta, folder)
     # 1. THERE AND BACK
     for text in (HARD, play(500), '', '\n', 'é' * 3000):
         ids = encode(text)
@@ -363,11 +365,32 @@ def test_golden_rows_from_text(tmp_path):
 
 
 def test_same_tokenizer():
-    meta = dict(tokenizer='bpe', tokenizer_sha256='a', vocab_size=300)
+    meta = dict(tokenizer='bpe', tokenizer_sha256='a', vocab_size=300, bos_id=0, eos_id=0)
     assert same_tokenizer(meta, dict(meta))
-    assert same_tokenizer(meta, meta | dict(tokenizer_sha256=None))
-    for change in (dict(tokenizer='bert'), dict(tokenizer_sha256='b'), dict(vocab_size=301)):
+    assert same_tokenizer(meta, meta | dict(tokenizer_sha256=None, eos_id=7))  # of the authors
+    assert same_tokenizer(meta, meta | dict(tokenizer='json'))
+    for change, words in ((dict(tokenizer_sha256='b'), 'tokenizer_sha256 a and b'),
+                          (dict(vocab_size=301), 'vocab_size 300 and 301'),
+                          (dict(bos_id=1, eos_id=2), 'bos_id 0 and 1, eos_id 0 and 2'),
+                          (dict(tokenizer='gpt2', tokenizer_sha256=None, vocab_size=50257),
+                           'vocab_size 300 and 50257, tokenizer bpe and gpt2')):
         assert not same_tokenizer(meta, meta | change)
+        assert tokenizer_difference(meta, meta | change) == words
+
+
+def test_the_tokenizer_of_a_model_for_another_text(home, notes):
+    """Its tokenizer.json gives what made it: the same meta, the same tokens."""
+    for name in ('play', 'play_bytes'):
+        source = home / 'data' / name / 'tokenizer.json' if name == 'play' else 'bytes'
+        ok('notes', '--tokenizer', source, '--name', name, cwd=notes)
+        ours, theirs = (load_data(folder / 'data' / name)[0] for folder in (home, notes))
+        assert same_tokenizer(ours, theirs) and tokenizer_difference(ours, theirs) == ''
+        for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size', 'bos_id', 'eos_id', 'pad_id'):
+            assert ours[key] == theirs[key]
+    encode = load_tokenizer(ours | load_data(home / 'data/play')[0], home / 'data/play').encode
+    _, data = load_data(notes / 'data/play')
+    texts = documents(notes / 'data/play', 'train')
+    assert data['train'][0].tolist() == sum((encode(text) + [0] for text in texts), [])
 
 
 def test_a_stream_shorter_than_a_row():
@@ -395,6 +418,49 @@ def test_every_epoch_is_a_permutation():
     assert np.array_equal(epoch_rows(some, n, 3), rows[some])
 
 
+@pytest.mark.parametrize('name', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
+def test_bits_per_byte_are_of_the_rows_that_are_scored(tmp_path, monkeypatch, name):
+    """As many bits as scored tokens, over the bytes of these rows' text: it is ASCII, which no row
+    cuts inside a character. Words and figures have tokens of different lengths."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
+    (tmp_path / 'a.txt').write_text('validates, by the hash of its name')
+    (tmp_path / 'b.txt').write_text(play(3000) + '7 1#0\n' * 900)
+    ok('a.txt', 'b.txt', '--tokenizer', name, cwd=tmp_path)
+    meta, data = load_data(tmp_path / 'data/a')
+    decode, T = load_tokenizer(meta, tmp_path / 'data/a').decode, 34
+
+    def bits_per_byte(rows, kind):
+        nats = torch.full((len(rows),), math.log(2))
+        return likelihood_figures(nats, kind, data['train'], rows, T, meta, 'train')[1]['bpb']
+
+    last = num_rows(data['train'], T) - 1
+    for rows in ([0, 1, 2], [last, last - 2], range(last + 1)):
+        ids = get_rows(data['train'], rows, T, meta)[:, 1:-1].reshape(-1)
+        size = len(decode(ids)) - (ids == meta['eos_id']).sum()    # it shows as two line breaks
+        assert math.isclose(bits_per_byte(rows, 'duo'), len(rows) * T / size, rel_tol=1e-6)
+        assert math.isclose(bits_per_byte(rows, 'ar'), len(rows) * (T - 1) / size, rel_tol=1e-6)
+    if name != 'bytes':  # or which rows they are would not matter
+        assert bits_per_byte([last], 'duo') > 1.3 * bits_per_byte([0], 'duo')
+    # a set of an older version has the average of its split
+    (tmp_path / 'data/a/train.bytes').unlink()
+    _, data = load_data(tmp_path / 'data/a')
+    average = meta['train_bytes'] / meta['train_tokens']
+    assert math.isclose(bits_per_byte([0], 'duo'), T / (T - 2) / average, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
+def test_bytes_of_every_token(tmp_path, monkeypatch, name):
+    """They add up to the text, of any letters, with no correction: they are whole numbers."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': HARD + str(i)}) + '\n'
+                                              for i in range(60)))
+    ok('a.jsonl', '--tokenizer', name, cwd=tmp_path)
+    meta, data = load_data(tmp_path / 'data/a')
+    for split, (tokens, _, sizes) in data.items():
+        assert sizes.shape == (meta['vocab_size'],) and np.array_equal(sizes, sizes.round())
+        assert sizes[tokens].sum() == meta[f'{split}_bytes'] and sizes[meta['eos_id']] == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # bad input: one line, nothing written, and what was there stays
 
@@ -408,9 +474,9 @@ def test_bad_input(notes):
     (notes / 'none').mkdir()
     (notes / 'owt').mkdir()
     for says, *args in [
-        ("No such file or directory: 'missing.txt'", 'missing.txt'),
-        ("No such file or directory: 'missing.txt'", 'notes', 'missing.txt'),
-        ("'*.txt'", '*.txt'),
+        ("'missing.txt' is not there", 'missing.txt'),
+        ("'missing.txt' is not there", 'notes', 'missing.txt'),
+        ("'*.txt' is not there", '*.txt'),
         ('no text in empty.txt', 'empty.txt'),
         ('binary.txt is not text: it holds a NUL', 'binary.txt'),
         ('latin.txt is not UTF-8 text (byte 2)', 'latin.txt'),
@@ -431,8 +497,33 @@ def test_bad_input(notes):
     ]:
         fails(says, *args, cwd=notes)
     command_fails('--workers=-1: must be', 'notes', '--workers', -1, cwd=notes)
-    command_fails("No such file or directory: 'missing.txt'", 'missing.txt', cwd=notes)
+    command_fails("'missing.txt' is not there", 'missing.txt', cwd=notes)
     assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    """Every text is read twice, and this one's writer would never come."""
+    (tmp_path / 'notes').mkdir()
+    for name in ('a.txt', 'b.jsonl', 'notes/c.md'):
+        os.mkfifo(tmp_path / name)
+    for name in ('a.txt', 'b.jsonl', 'notes'):
+        done = subprocess.run([sys.executable, ROOT / 'prepare.py', name], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=60)
+        assert done.returncode == 1 and not done.stdout
+        one_line(done.stderr, 'no regular file')
+
+
+def test_arguments_that_are_not_utf_8(notes):
+    (notes / 'text.txt').write_text('some text')
+    os.rename(notes / 'text.txt', os.fsencode(notes) + b'/\xff.txt')
+    for args in ([b'\xff.txt'], [b'notes', b'--data_dir=\xff'], [b'notes', b'--name', b'\xff']):
+        done = subprocess.run([sys.executable, ROOT / 'prepare.py', *args], cwd=notes,
+                                             capture_output=True)
+        assert done.returncode == 1 and not done.stdout
+        one_line(done.stderr.decode(), 'not UTF-8')
+    ok('notes', '--tokenizer', 'bytes', '--name', 'umläut-\u202f字', cwd=notes)
+    assert load_data(notes / 'data/umläut-\u202f字')
 
 
 def test_a_text_is_never_run_as_settings(notes):
@@ -474,54 +565,85 @@ def test_what_goes_wrong_while_tokenising_keeps_the_old_set(notes, monkeypatch, 
         seen.append(text)
         return list(text.encode())
 
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: Tokenizer(encode, None))
+    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: Tokenizer(encode, None, lambda i: 1))
     with pytest.raises(type(problem)):
         ok('notes', '--tokenizer', 'bytes', '--workers', 0, cwd=notes)
     assert len(seen) == 2 and everything(notes / 'data') == before
     assert os.listdir(notes / 'data') == ['notes']
 
 
-def test_a_kill_between_the_two_renames(notes, monkeypatch):
-    """The older set is out of its place, the new one not yet in it: the next run brings it back,
-    even one that fails."""
+def killed_at(call, notes):
+    """prepare.py on the notes, in a fork that dies at so many changes of folders, as by SIGKILL.
+    True if it did die."""
+    pid = os.fork()
+    if pid == 0:
+        left = [call]
+
+        def deadly(function):
+            def counted(*args, **more):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+                return function(*args, **more)
+            return counted
+
+        for name in ('rename', 'unlink', 'rmdir', 'mkdir', 'sync'):
+            setattr(os, name, deadly(getattr(os, name)))
+        ok('notes', '--tokenizer', 'bytes', cwd=notes)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new(notes):
+    """What a reader finds right after it is the old set, the new one, or none, and then a line that
+    tells how to make it; the next start brings back the old set or has the new one, whole, even if
+    that run fails itself."""
+    data = notes / 'data'
+    ok('notes', '--tokenizer', 'bytes', '--val_fraction', 0.9, cwd=notes)
+    old = everything(data)
+    ok('notes', '--tokenizer', 'bytes', '--data_dir', 'other', cwd=notes)
+    new = everything(notes / 'other')
+    assert old['notes/train.bin'] != new['notes/train.bin']
+    call, found, missing = 0, [], 0
+    while not found or found[-1] != 'none':
+        call += 1
+        shutil.rmtree(data)
+        ok('notes', '--tokenizer', 'bytes', '--val_fraction', 0.9, cwd=notes)
+        died = killed_at(call, notes)
+        if (data / 'notes').exists():
+            assert everything(data / 'notes').keys() == {f.removeprefix('notes/') for f in old}
+            load_data(data / 'notes')
+        else:
+            missing += 1
+            stops('python prepare.py notes', load_data, data / 'notes')
+        if call % 2:
+            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
+        else:
+            shutil.copytree(data, notes / f'copy{call}')
+            ok('notes', '--tokenizer', 'bytes', cwd=notes)
+            assert everything(data) == new
+            shutil.rmtree(data)
+            os.rename(notes / f'copy{call}', data)
+            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
+        assert everything(data) in (old, new) and os.listdir(data) == ['notes']
+        found.append('none' if not died else 'old' if everything(data) == old else 'new')
+    assert missing == 1 and found.count('old') > 3 and found.count('new') > 3
+    assert found == sorted(found, key=['old', 'new', 'none'].index)
+
+
+def test_a_rename_that_fails_brings_the_old_set_back(notes, monkeypatch):
     ok('notes', '--tokenizer', 'bytes', cwd=notes)
     before, rename = everything(notes / 'data'), Path.rename
 
-    def killed(path, target):
+    def stopped(path, target):
         if path.name == 'new':
             raise KeyboardInterrupt
         return rename(path, target)
 
-    monkeypatch.setattr(Path, 'rename', killed)
+    monkeypatch.setattr(Path, 'rename', stopped)
     with pytest.raises(KeyboardInterrupt):
         ok('notes', '--tokenizer', 'bytes', cwd=notes)
-    monkeypatch.undo()
-    assert os.listdir(notes / 'data') == ['.notes.old']
-    fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
     assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
-
-
-@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe to hold prepare.py up')
-def test_ctrl_c_is_one_line(tmp_path):
-    os.mkfifo(tmp_path / 'slow.txt')
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
-    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', 'slow.txt'], cwd=tmp_path,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=listen)
-    pipe = None
-    while pipe is None and process.poll() is None:  # until prepare.py has opened it and waits
-        try:
-            pipe = os.open(tmp_path / 'slow.txt', os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.01)
-    for attempt in range(6):                        # a busy machine may lose the first
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, err = process.communicate(timeout=10)
-            break
-    os.close(pipe)
-    assert process.returncode != 0 and not out
-    one_line(err, 'stopped')
 
 
 def test_broken_data_sets(home, tmp_path):
@@ -543,7 +665,7 @@ def test_broken_data_sets(home, tmp_path):
     broken('val.bin', **{'val.bin': None})
     broken('meta.json', **{'meta.json': None})
     broken('Expecting', **{'meta.json': good['meta.json'][:-20]})
-    broken('lacks eos_id', **{'meta.json': wrong().replace(b'eos_id', b'eos')})
+    broken("KeyError: 'eos_id'", **{'meta.json': wrong().replace(b'eos_id', b'eos')})
     broken('bytes has not 300 tokens', **{'meta.json': wrong(vocab_size=300)})
     broken('bos_id,', **{'meta.json': wrong(bos_id=256)})
     broken('train_bytes cannot', **{'meta.json': wrong(train_bytes=0)})
