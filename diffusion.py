@@ -475,13 +475,6 @@ def gibbs_step(logits, xt, alpha):
     return categorical(q), torch.log(q.amax(-1) / q_t)
 
 
-def denoiser(logits, xt, alpha):
-    """Logits (...,K) of p(x0 | xt), all tokens seen, from the network's, which are those of
-    p(x0_i | the others): xt itself counts, by K q(xt|x0) = K alpha [x0 = xt] + 1 - alpha."""
-    seen = torch.full_like(logits[..., :1], logits.size(-1) * alpha / (1 - alpha)).log1p()
-    return logits.scatter_add(-1, xt.unsqueeze(-1), seen)
-
-
 def masked_reverse_step(logits, xt, alpha_s, alpha_t, mask_id):
     """xs (...) of MDLM's ancestral sampler: a mask becomes a token of softmax(logits (...,K)),
     those of the tokens alone, with probability (alpha_s - alpha_t) / (1 - alpha_t); a token stays.

@@ -26,8 +26,8 @@ from checkpoint import load_model
 from configurator import UserError, check, configure, run
 from data import load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, denoiser, gibbs_step, head_losses, masked_reverse_step, noise_schedule, reverse_step,
-                       time_of_alpha, top_p_filter)
+from diffusion import (categorical, gibbs_step, head_losses, masked_reverse_step, noise_schedule,
+                       reverse_step, time_of_alpha, top_p_filter)
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
@@ -93,6 +93,8 @@ def denoise_along(step, xt, alphas, kappas, greedy):
 
 
 def likeliest(logits, xt):
+    """As published: of p(x0_i | the other places). Of p(x0 | xt) it would hardly change anything,
+    since the last call takes nearly every token xt for clean."""
     return logits.argmax(-1)
 
 

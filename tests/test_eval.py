@@ -1,17 +1,19 @@
 """eval.py and the baselines through the command line."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
 from eval import diversity, hub_judge, our_judge
-from helpers import TINY, good, log, one_line, run
+from helpers import TINY, good, log, one_line, project_with, run
 
 
 def last_json(said):
-    return json.loads(said.strip().splitlines()[-1])
+    """Of strict JSON, which knows no NaN."""
+    return json.loads(said.strip().splitlines()[-1], parse_constant=pytest.fail)
 
 
 def evaluated(folder, *args, **how):
@@ -52,12 +54,52 @@ def test_two_processes_evaluate_as_one(baselines):
     assert two['error'] == pytest.approx(one['error'], rel=1e-6)
 
 
+def test_one_row_has_no_error(baselines):
+    r = evaluated(baselines, '--max_rows=1')
+    assert r['rows'] == 1 and r['nll'] > 0
+    assert r['error'] is None and r['ppl_error'] is None
+
+
+def test_draws_shrink_the_error_of_each_row(baselines):
+    """The times of a row's draws are spread evenly: their mean varies less than one alone."""
+    one, many = (evaluated(baselines, f'--draws={n}', '--max_rows=64') for n in (1, 8))
+    assert many['error'] < 0.7 * one['error']
+    assert abs(many['nll'] - one['nll']) < 4 * one['error']
+
+
+def test_a_distilled_model_is_no_language_model(baselines):
+    shutil.copytree(baselines / 'out', baselines / 'distilled')
+    config = baselines / 'distilled' / 'config.json'
+    info = json.loads(config.read_text())
+    info['settings']['objective'] = 'dcd'
+    config.write_text(json.dumps(info))
+    said = good(run(baselines, 'eval.py', '--out_dir=distilled', '--max_rows=8'))
+    assert 'distilled' in said.splitlines()[1]
+    assert 'distilled' not in good(run(baselines, 'eval.py', '--max_rows=8'))
+
+
+def test_where_figures_cannot_be_written_nothing_is_sampled(baselines):
+    shutil.copytree(baselines / 'out', baselines / 'full')
+    (baselines / 'full' / 'gen.jsonl').mkdir()
+    done = run(baselines, 'eval.py', '--out_dir=full', '--gen_ppl=out-ar', '--steps=1000000')
+    one_line(done, 'gen.jsonl')
+
+
+def test_the_judge_must_be_sure_of_something(baselines):
+    """What the judge makes of the samples is a number, or the evaluation ends in one line."""
+    code = 'def our_judge(*_):\n    return lambda rows: [torch.full((2, 3), math.nan)]\n'
+    project_with(baselines, code, 'eval.py')
+    done = run(baselines, baselines / 'eval.py', '--gen_ppl=out-ar', '--steps=1', '--num_samples=1')
+    one_line(done, 'out-ar', 'nan')
+
+
 def test_samples_are_judged_by_our_own_ar_model(baselines):
     sampling = '--gen_ppl=out-ar --steps=1,4 --num_samples=5 --batch_size=3 --temperature=0.5,1'
     for out_dir in ('out', 'out-mdlm', 'out-ar'):
         results = evaluated(baselines, f'--out_dir={out_dir}', *sampling.split())
         assert [r['steps'] for r in results] == ([31, 31] if out_dir == 'out-ar' else [1, 1, 4, 4])
         for r in results:
+            assert r['sampler'] == 'ancestral'
             assert r['gen_ppl'] > 1
             assert 0 <= r['repetition'] < 1
             assert r['samples_per_s'] > 0

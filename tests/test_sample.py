@@ -392,7 +392,7 @@ def test_what_a_baseline_cannot_do():
     ('duo', dict(steps=9), 'informed'),
     ('duo', dict(sampler='ancestral'), 'ancestral'),
     ('duo', dict(sampler='psi', top_p=0.9), 'psi, top_p 0.9'),
-    ('duo', dict(greedy=True, redraws=3.0), 'informed, greedy True, redraws 3.0'),
+    ('duo', dict(greedy=True, redraws=4.0), 'informed, greedy True, redraws 4.0'),
     ('mdlm', dict(), 'ancestral'),
     ('ar', dict(temperature=0.9), 'ancestral, temperature 0.9')])
 def test_a_sampler_in_words(objective, options, words):
