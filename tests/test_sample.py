@@ -274,6 +274,17 @@ def test_one_place_at_random_is_a_gibbs_move(n=60_000, alpha=0.6):
     assert not fits(pairs_of(right), model.noised(0.7).flatten().numpy())
 
 
+def test_a_place_is_redrawn_so_often_and_only_if_it_is_free(T=100, K=50):
+    """Where no token surprises, all free places share the redraws; fixed ones take none of them."""
+    loaded = loaded_spy(torch.zeros(K))
+    start = sample_prior(loaded.info, (20, T))
+    fixed = (torch.arange(T) % 2 == 0).expand(20, T)
+    frames = [start, *denoise(loaded, start, fixed, steps=20, sampler='informed', redraws=3.0)]
+    changes = sum((a != b).float() for a, b in zip(frames, frames[1:-1]))     # not the last call
+    assert (changes[fixed] == 0).all()
+    assert changes[~fixed].mean().item() == pytest.approx(3 * (1 - 1 / K), abs=0.3)
+
+
 def test_surprise_is_that_of_the_conditional():
     logits, xt = torch.randn(50, 7), torch.randint(7, (50,))
     tokens, surprise = gibbs_step(logits, xt, 0.8)
