@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensor_bytes
 
 from configurator import UserError
-from data import check_meta
+from data import check_meta, tokenizer_difference
 from device import say
 from model import DiT, DiTConfig
 
@@ -322,6 +322,35 @@ def check_resume(out_dir, state, settings, config, token_files):
         raise UserError(f'the token files of {settings["dataset"]} are not those that the run in '
                         f'{out_dir} began with: put them back, or start a new run')
     return changed
+
+
+def load_optimizer(optimizer, saved):
+    """Its state, but for the rates, which are this run's. ValueError where the shapes are not those
+    of its parameters: a fused step would read beyond them."""
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict(saved | dict(param_groups=groups))
+    for parameter, moments in optimizer.state.items():
+        if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
+            raise ValueError("the optimiser's state has other shapes than the weights")
+
+
+def check_start(source, info, kind, meta):
+    """UserError unless a run of this kind, on the tokens of meta, can go on from source's model."""
+    if info['objective'] != kind:
+        raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
+    difference = tokenizer_difference(info['data'], meta)
+    if difference:
+        raise UserError(f'{source} has another tokenizer than the data ({difference}): prepare the '
+                        f'text with python prepare.py TEXT --tokenizer={info["folder"]}/'
+                        'tokenizer.json')
+
+
+def start_wandb(project, name, settings):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log needs a package: pip install wandb')
+    return wandb.init(project=project, name=name, config=settings)
 
 
 # --------------------------------------------------------------------------------------------------

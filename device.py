@@ -34,6 +34,21 @@ def pick_device(device):
     return device
 
 
+def check_memory(config, batch_size, device):
+    """UserError if a network (DiTConfig) cannot be trained in the device's memory: four float32
+    numbers for each weight, and one for each channel of each layer's output, are the least."""
+    c = config
+    n_weights = c.n_embd * (12 * c.n_layer * c.n_embd + 2 * c.vocab_size)
+    need = 16 * n_weights + 4 * batch_size * c.block_size * c.n_layer * c.n_embd
+    if device.startswith('cuda'):
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if need > memory:
+        raise UserError(f'these sizes take {need / 1e9:,.0f} GB at least, and {device} has '
+                        f'{memory / 1e9:,.0f}: lower --batch_size, --n_layer or --n_embd')
+
+
 def pick_dtype(dtype, device):
     """-> dtype's name, autocast context. 'auto': bf16 where the GPU has it, else fp16; off the GPU
     float32."""

@@ -29,12 +29,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import (UNREADABLE, append_log, check_resume, has_state, load_model, load_state,
-                        lock_folder, open_log, save, set_aside_older_run, write_card)
+from checkpoint import (UNREADABLE, append_log, check_resume, check_start, has_state, load_model,
+                        load_optimizer, load_state, lock_folder, open_log, save,
+                        set_aside_older_run, start_wandb, write_card)
 from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
-                  loss_mask, num_rows, same_tokenizer)
-from device import largest_of_ranks, pick_device, pick_dtype, say, start_distributed
+                  loss_mask, num_rows)
+from device import (check_memory, largest_of_ranks, pick_device, pick_dtype, say,
+                    start_distributed)
 from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, evaluate,
                        head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
                        teacher_kl, transform)
@@ -54,6 +56,10 @@ init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a 
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
 num_samples = 3              # texts to print at the end
 sample_steps = 64            # network calls for each
+# --- wandb
+wandb_log = False
+wandb_project = 'nanoduo'
+wandb_run_name = ''          # '': the name of out_dir
 # --- data
 dataset = 'stdlib'           # a folder in data_dir, made by prepare.py
 batch_size = 8               # the micro-batch: rows at a time on one device
@@ -94,9 +100,10 @@ compile = False              # torch.compile: pays from a few minutes of GPU tim
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
 
 CHECKS = [
-    ('gradient_accumulation_steps eval_interval eval_iters log_interval sample_steps keep_last '
-     'dcd_rounds', lambda v: v >= 1, 'at least 1'),
-    ('batch_size n_layer n_head n_embd cond_dim', lambda v: 1 <= v <= 10**6, '1 to a million'),
+    ('eval_interval log_interval sample_steps keep_last dcd_rounds', lambda v: v >= 1,
+     'at least 1'),
+    ('batch_size gradient_accumulation_steps eval_iters n_layer n_head n_embd cond_dim',
+     lambda v: 1 <= v <= 10**6, '1 to a million'),
     ('max_iters', lambda v: 0 <= v < 10**8, 'from 0 to 99,999,999'),
     ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
     ('warmup_iters learning_rate grad_clip checkpoint_interval checkpoint_minutes '
@@ -256,22 +263,6 @@ def adopt(found, settings):
     globals().update(settings)
 
 
-def load_weights(source, kind, meta, settings):
-    """The model of another run, its EMA weights, to start from; its sizes become the settings."""
-    trained, info = load_model(source)
-    theirs = info['data']
-    if info['objective'] != kind:
-        raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
-    if not same_tokenizer(theirs, meta):
-        raise UserError(
-            f'{source} and {dataset} have different tokenizers: {theirs["tokenizer"]} of '
-            f'{theirs["vocab_size"]} tokens ({theirs["tokenizer_sha256"]}), {meta["tokenizer"]} of '
-            f'{meta["vocab_size"]} ({meta["tokenizer_sha256"]}): prepare the text with its own: '
-            f'python prepare.py TEXT --tokenizer={info["folder"]}/tokenizer.json')
-    adopt(vars(trained.config), settings)
-    return trained
-
-
 def run_script(script, *arguments):
     """Start another script of this folder, as a user would."""
     subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments])
@@ -286,7 +277,7 @@ def main():
     here, rank, world = start_distributed(pick_device(device), backend)
     dtype_name, autocast = pick_dtype(dtype, here)
     master = rank == 0
-    lock = log_file = None
+    lock = log_file = wandb_run = None
     if master and not eval_only:
         lock = lock_folder(out_dir)                      # before anything there is read
     start = where_to_start()
@@ -312,11 +303,14 @@ def main():
     else:
         settings['init_from'] = start
         if start != 'scratch':
-            trained = load_weights(start, kind, meta, settings)
+            trained, info = load_model(start)
+            check_start(start, info, kind, meta)
+            adopt(info['model'], settings)
 
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
     config = model_config(vocab_size)
+    check_memory(config, batch_size, here)
     model = DiT(config).to(here)
     if trained:
         model.load_state_dict(trained.state_dict())
@@ -339,8 +333,7 @@ def main():
                 if name != 'scaler' or state[name]:      # one that was not needed is empty
                     part.load_state_dict(state[name])
             for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
-                groups = optimizer.state_dict()['param_groups']  # this run's: they may differ
-                optimizer.load_state_dict(saved | dict(param_groups=groups))
+                load_optimizer(optimizer, saved)
             step, val_loss = state['step'], state['val_loss']
             began -= state['seconds']
             skipped += state['skipped']
@@ -379,11 +372,16 @@ def main():
         if start != 'resume':
             lock = set_aside_older_run(out_dir, lock)
         log_file = open_log(out_dir, step)
+        if wandb_log:
+            name = wandb_run_name or Path(out_dir).resolve().name
+            wandb_run = start_wandb(wandb_project, name, settings)
 
     def log(line, **record):
         record.update(step=step, seconds=time.monotonic() - began)
         if log_file:
             append_log(log_file, record)
+        if wandb_run:
+            wandb_run.log(record, step=step)
         if master:
             say(line)
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (STATE, has_state, load_model, load_state, lock_folder, open_log, save,
-                        step_files, write_card, write_model)
+from checkpoint import (STATE, has_state, load_model, load_optimizer, load_state, lock_folder,
+                        open_log, save, step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
 from helpers import equal, good, log, one_line, run
@@ -353,3 +353,17 @@ def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
     card.write_text('of my own')
     again()
     assert card.read_text() == 'of my own'
+
+
+def test_an_optimisers_state_of_other_shapes_is_refused():
+    """A fused step would read beyond such a tensor."""
+    states = []
+    for size in (3, 5):
+        weights = torch.nn.Parameter(torch.ones(size))
+        optimizer = torch.optim.AdamW([weights], fused=True)
+        weights.sum().backward()
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    load_optimizer(optimizer, states[1])
+    with pytest.raises(ValueError, match='shapes'):
+        load_optimizer(optimizer, states[0])

@@ -533,6 +533,20 @@ def test_categorical_draws_the_tail():
     assert abs(draws - 0.5) < 0.04
 
 
+def test_categorical_finds_tokens_of_a_billionth(monkeypatch):
+    """Beside a token that weighs 1, with the two random numbers given: float32 sums would lose
+    the tail."""
+    p = torch.full((100,), 1e-9)
+    p[0] = 1
+    blocks = p.double().view(10, 10).sum(-1)
+    for block in (3, 7):
+        for token in (2, 5):
+            u = [((blocks[:block].sum() + blocks[block] / 2) / blocks.sum()).item(),
+                 (token + 0.5) / 10]
+            monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, u.pop(0)))
+            assert categorical(p).item() == 10 * block + token
+
+
 def test_top_p_keeps_the_smallest_nucleus():
     p = torch.tensor([0.1, 0.5, 0.15, 0.25])
 
