@@ -300,7 +300,9 @@ def open_log(out_dir, step):
 
 def append_log(file, record):
     """One JSON line: a number that is not finite is null."""
-    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    for name, value in record.items():
+        if type(value) is float and not math.isfinite(value):
+            record[name] = None
     file.write(json.dumps(record) + '\n')
 
 

@@ -292,8 +292,13 @@ def loss_and_grad(loss_fn, logits, K, args, scale):
         losses, grad = nelbo_and_grad(logits[:, :K], *args, scale)
         padding = logits.size(1) - K
         return losses, F.pad(grad, (0, padding)) if padding else grad
-    losses, vjp = torch.func.vjp(lambda logits: loss_fn(logits[:, :K], *args), logits)
-    return losses, vjp(scale)[0]
+    if torch.compiler.is_compiling():
+        losses, vjp = torch.func.vjp(lambda logits: loss_fn(logits[:, :K], *args), logits)
+        return losses, vjp(scale)[0]
+    logits = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = loss_fn(logits[:, :K], *args)
+    return losses.detach(), torch.autograd.grad(losses, logits, scale)[0]
 
 
 def add_product(total, a, b):

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -340,6 +341,7 @@ def fake_cuda(capability=9):
         (torch.cuda, 'device_count', lambda: 1),
         (torch.cuda, 'current_device', lambda: 0),
         (torch.cuda, 'get_device_capability', lambda device=None: (capability, 0)),
+        (torch.cuda, 'get_device_properties', lambda device=None: SimpleNamespace(total_memory=8e10)),
         (torch.cuda, 'is_bf16_supported', lambda including_emulation=True: capability >= 8),
         (torch.cuda, 'manual_seed_all', lambda seed: None),
         (torch.Tensor, 'pin_memory', pin_memory),

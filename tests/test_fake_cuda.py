@@ -72,7 +72,8 @@ def test_recipes_fit_in_their_gpus(tmp_path, args, gigabytes):
                  '\ncurriculum ', '\ndiscrete ', 'tokens/s', 'hours'):
         assert part in said
     peak = float(said.partition('peak memory ')[2].split()[0])
-    assert 0.9 * gigabytes > peak * 0.9 > 3              # more than weights, EMA and Adam take
+    weights = float(said.partition('M parameters')[0].split()[-1]) / 1e3
+    assert gigabytes > peak > 20 * weights               # more than weights, EMA and Adam take
 
 
 @pytest.mark.parametrize('args, parts', [

@@ -33,7 +33,7 @@ def close(folder, exact, tolerance):
     assert single[-1] < 0.9 * single[0]                  # it learns
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('bfloat16', 0.03), ('float16', 0.015)])
+@pytest.mark.parametrize('dtype, tolerance', [('bfloat16', 0.06), ('float16', 0.015)])
 def test_a_run_has_the_losses_of_float32(work, exact, dtype, tolerance):
     """Through the end of the curriculum, with validations; and resumed after it, bit for bit."""
     whole, parts = work / f'half-{dtype}', work / f'half-{dtype}-resumed'
