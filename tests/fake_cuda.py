@@ -1,6 +1,7 @@
-"""A GPU that is not there: tensors on cuda:0 that have shapes but no numbers (FakeTensorMode), while
-tensors of the CPU stay real. Whole steps of training, evaluation and sampling run on it at any size,
-and what would fail on a GPU, or make it wait, is noticed. bench.py --gpu plans a run with it."""
+"""A GPU that is not there: tensors on cuda:0 that have shapes but no numbers (FakeTensorMode),
+while tensors of the CPU stay real. Whole steps of training, evaluation and sampling run on it at
+any size, and what would fail on a GPU, or make it wait, is noticed. bench.py --gpu plans a run
+with it."""
 import ctypes
 import heapq
 import itertools

@@ -20,7 +20,7 @@ from model import DiT, DiTConfig, update_ema
 from sample import Loaded, denoise, sample_prior
 
 K, B, T = 1000, 16, 64
-STEPS = 5
+STEPS = 3
 # the settings of train.py that a check changes; the first step is in the curriculum, the last not
 SETTINGS = dict(curriculum_frac=0.5, tau=1e-3, gamma_min=-3.5, gamma_max=-2.25, curriculum_k=5,
                 dcd_rounds=1, dcd_delta=1 / 8, learning_rate=1e-2, beta1=0.9, beta2=0.99,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
+import selftest
 import train
 from diffusion import evaluate, nelbo, stratified_times
 from fake_cuda import DeviceWait, fake_cuda
@@ -78,7 +79,6 @@ def test_recipes_fit_in_their_gpus(tmp_path, args, gigabytes):
 
 @pytest.mark.parametrize('args, parts', [
     (['--gpu=t5'], ['gpu', 'h100, a100 or t4']),
-    (['--gpu=h100', '--dtype=float32'], ['float32', '--dtype=auto']),
     (['--gpu=t4', '--dtype=bfloat16'], ['bfloat16', '--dtype=auto']),
     (['--gpu=t4', '--n_layer=1', '--n_embd=4096', '--batch_size=512', '--vocab_size=256'],
      ['do not fit', '--batch_size'])])
@@ -117,6 +117,19 @@ def test_a_sampler_does_not_wait_for_the_device(gpu, kind, options, dtype):
     assert len(steps) == (11 if kind == 'ar' else 9)
     assert all(x.is_cuda and x.shape == xt.shape for x in steps)
     assert not gpu.waits
+
+
+
+def test_the_selftest_runs_there(monkeypatch):
+    change(monkeypatch, objective='duo', **selftest.SETTINGS)
+    for name in selftest.OBJECTIVES:
+        noise, metrics_noise = selftest.same_noise()
+        with fake_cuda(), noise, metrics_noise:
+            seen = selftest.train_steps(name, 'cuda', 'bfloat16')
+        assert seen.shape == (selftest.STEPS + 1,) and seen.device.type == 'cpu'
+    with fake_cuda():
+        for kind, options in selftest.SAMPLERS.values():
+            assert selftest.frequencies('cuda', 'bfloat16', kind, **options)[0].shape == (8,)
 
 # --------------------------------------------------------------------------------------------------
 # what must not be is noticed
