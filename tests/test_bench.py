@@ -1,4 +1,5 @@
 """bench.py from the command line, and the literal forms that it measures against diffusion.py."""
+import os
 import shutil
 
 import numpy as np
@@ -127,6 +128,7 @@ def test_the_selftest_fails_where_the_device_differs(monkeypatch, capsys, broken
     assert sum(' ok: ' in line for line in lines) == 2
 
 
+@pytest.mark.skipif('SLOW_TESTS' not in os.environ, reason='a minute: set SLOW_TESTS=1')
 def test_the_selftest_compiles(monkeypatch):
     if shutil.which('g++') is None:
         pytest.skip('torch.compile needs a C++ compiler')

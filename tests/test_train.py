@@ -113,7 +113,7 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
     (['--init_from=there'], ['there']),
     (['--init_from=out', '--objective=ar'], ['out is a network for duo, not for ar']),
-    (['--init_from=out', '--dataset=bpe'], ['bytes of 256', 'bpe of 300', 'out/tokenizer.json']),
+    (['--init_from=out', '--dataset=bpe'], ['vocab_size 256 and 300', 'bytes and bpe', 'out/tokenizer.json']),
     ([f'--seed={2**64}'], ['seed']),
     ([f'--batch_size={10**9}'], ['batch_size']),
     (['--device=cpu:abc'], ['cpu:abc']),
