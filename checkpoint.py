@@ -347,12 +347,14 @@ def check_start(source, info, kind, meta):
                         'tokenizer.json')
 
 
-def start_wandb(project, name, settings):
+def start_wandb(out_dir, settings):
+    """A run of Weights & Biases, named after out_dir unless settings say another name."""
     try:
         import wandb
     except ImportError:
         raise UserError('wandb_log needs a package: pip install wandb')
-    return wandb.init(project=project, name=name, config=settings)
+    name = settings['wandb_run_name'] or Path(out_dir).resolve().name
+    return wandb.init(project=settings['wandb_project'], name=name, config=settings)
 
 
 # --------------------------------------------------------------------------------------------------

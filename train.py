@@ -337,8 +337,8 @@ def main():
             step, val_loss = state['step'], state['val_loss']
             began -= state['seconds']
             skipped += state['skipped']
-            total += state.get('total', 0)               # of an interval that is not logged yet
-            good += state.get('good', 0)
+            total += state['total']                      # of an interval that is not logged yet
+            good += state['good']
         except UNREADABLE as error:
             raise UserError(f'{out_dir}: its checkpoint is not one of this run: {error!r:.200}')
         if master and changed:
@@ -373,8 +373,7 @@ def main():
             lock = set_aside_older_run(out_dir, lock)
         log_file = open_log(out_dir, step)
         if wandb_log:
-            name = wandb_run_name or Path(out_dir).resolve().name
-            wandb_run = start_wandb(wandb_project, name, settings)
+            wandb_run = start_wandb(out_dir, settings)
 
     def log(line, **record):
         record.update(step=step, seconds=time.monotonic() - began)
