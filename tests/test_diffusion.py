@@ -425,6 +425,22 @@ def test_compiled_equals_eager(loss_fn):
         assert (eager - compiled).abs().max() < 1e-4 * eager.abs().max()
 
 
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_one_graph_of_the_loss_and_its_gradient(dtype, tolerance):
+    if shutil.which('g++') is None:
+        pytest.skip('torch.compile needs a C++ compiler')
+    x0, xt, alpha, dalpha = random_case(301, shape=(1, 40))
+    args = [v.flatten() for v in (xt, x0, alpha.expand_as(x0), dalpha.expand_as(x0))]
+    logits, scale = torch.randn(40, 320).to(dtype), torch.rand(40, dtype=torch.float64)
+    eager = diffusion.loss_and_grad(nelbo, logits, 301, args, scale)
+    compiled = torch.compile(diffusion.loss_and_grad, fullgraph=True)
+    for one, other in zip(eager, compiled(nelbo, logits, 301, args, scale)):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one - other).abs().max() <= tolerance * one.abs().max()
+    assert not eager[1][:, 301:].any()                   # padding has no gradient
+
+
 def test_fp16_gradients_are_made_at_the_scalers_scale():
     """At a large vocabulary and a long row: a mean over so many tokens, unscaled, underflows."""
     K, T = 50257, 96
