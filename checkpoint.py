@@ -66,7 +66,8 @@ def flush(path):
 def write_whole(path, write):
     """write(temporary path), then flush and rename: a reader, or a restart after a power cut, finds
     the old file or the new one, never a part."""
-    temporary = Path(path).with_name('unfinished.tmp')  # a kill leaves it, the next write takes it
+    temporary = Path(path).with_name('unfinished.tmp')
+    temporary.unlink(missing_ok=True)                   # of a write that was killed
     try:
         write(temporary)
         flush(temporary)
@@ -91,15 +92,6 @@ def step_files(out_dir):
 def has_state(out_dir):
     """Is there anything to resume from?"""
     return any(Path(out_dir).glob('*.pt'))
-
-
-def link(source, path):
-    """A second name for a file; a copy where the disk has no hard links."""
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
 
 
 def checksum(weights, info):
@@ -134,7 +126,7 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
                         'last good checkpoint; a lower --learning_rate may help')
     newest = Path(f'{out_dir}/step-{state["step"]:08}.pt')
     write_whole(newest, lambda path: torch.save(state, path))
-    write_whole(f'{out_dir}/last.pt', lambda path: link(newest, path))
+    write_whole(f'{out_dir}/last.pt', lambda path: path.symlink_to(newest.name))
     # A run that went back to an older step file leaves newer ones, no longer part of it.
     kept = [path for path in step_files(out_dir) if path <= newest][:keep_last]
     for path in step_files(out_dir):

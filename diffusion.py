@@ -39,11 +39,6 @@ def noise_schedule(t, dtype=torch.float64, eps=1e-3):
     return (1 - (1 - eps) * t).to(dtype), torch.full_like(t, eps - 1, dtype=dtype)
 
 
-def time_of_alpha(alpha, eps=1e-3):
-    """The inverse of noise_schedule: the time at which alpha is left."""
-    return (1 - alpha) / (1 - eps)
-
-
 def transform(gamma, vocab_size):
     """The diffusion transformation operator (eq. 11): alpha of the discrete process that is the
     argmax of a Gaussian one, and d alpha / d gamma; float64, of gamma's shape. gamma is the log
@@ -225,13 +220,9 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
 
 
 def cross_entropy(logits, targets):
-    """-log softmax(logits (...,K))[targets (...)]: the loss of an autoregressive model."""
+    """-log softmax(logits (n,...,K))[targets (n,...)]: the loss of an autoregressive model."""
     log_p = logits.log_softmax(-1, dtype=float32_at_least(logits))
-    targets = targets.unsqueeze(-1)
-    if torch.compiler.is_compiling():    # as in set_tokens: a gather's gradient is a scatter
-        columns = torch.arange(log_p.size(-1), device=log_p.device)
-        return -torch.where(columns == targets, log_p, 0).sum(-1)
-    return -log_p.gather(-1, targets).squeeze(-1)
+    return F.nll_loss(log_p.movedim(-1, 1), targets, reduction='none')
 
 
 def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
@@ -418,33 +409,12 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
 # --------------------------------------------------------------------------------------------------
 # reverse steps: from a noise level to a lower one; logits are float32, or wider
 
-def posterior(probs, xt, alpha_s, alpha_t):
-    """q(xs|xt, x0 ~ probs) (B,T,K), the whole reverse distribution (eq. 5); probs (B,T,K), alphas
-    numbers or (B,1,1). reverse_step draws from it without making it."""
-    K = probs.size(-1)
-    alpha_ts = alpha_t / alpha_s
-    here = F.one_hot(xt, K).to(probs.dtype)
-    q = (here * (K * alpha_t * probs + alpha_ts - alpha_t)
-         + (alpha_s - alpha_t) * probs
-         + (1 - alpha_ts) * (1 - alpha_s) / K)
-    return q / q.sum(-1, keepdim=True)
-
-
 def categorical(p):
-    """One draw (...) from each row of p (...,K), which need not sum to one. Two uniform numbers a
-    row: the first picks a block of about sqrt(K) tokens, the second a token in it, both in float64.
-    (The usual K float32 Gumbels cost more and cut the tail off: tokens below 1e-7 are never drawn.)
-    """
-    size = int(sqrt(p.size(-1)))
-    blocks = F.pad(p, (0, -p.size(-1) % size)).unflatten(-1, (-1, size))       # (...,blocks,size)
-
-    def draw(weights):
-        cdf = weights.double().cumsum(-1)
-        total = cdf[..., -1:]                                                  # (...,1)
-        return (cdf <= torch.rand_like(total) * total).sum(-1)
-    block = draw(blocks.sum(-1, dtype=torch.float64))                          # (...)
-    inside = blocks.take_along_dim(block[..., None, None], -2).squeeze(-2)     # (...,size)
-    return block * size + draw(inside)
+    """One draw (...) from each row of p (...,K), which need not sum to one. In float64: the usual
+    float32 Gumbel noise cuts the tail off, tokens below 1e-7 are never drawn."""
+    cdf = p.cumsum(-1, dtype=torch.float64)                                    # (...,K)
+    total = cdf[..., -1:]
+    return torch.searchsorted(cdf, torch.rand_like(total) * total, right=True).squeeze(-1)
 
 
 def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):

@@ -27,7 +27,7 @@ from configurator import UserError, check, configure, run
 from data import load_tokenizer
 from device import pick_device, pick_dtype
 from diffusion import (categorical, gibbs_step, head_losses, masked_reverse_step, noise_schedule,
-                       reverse_step, time_of_alpha, top_p_filter)
+                       reverse_step, top_p_filter)
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
@@ -46,8 +46,8 @@ SAMPLER_OPTIONS = dict(
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
     top_p=1.0,               # draw from the likeliest tokens that hold this probability
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
-    psi='rescale',           # kind of psi: 'rescale', 'cap', 'loop'. Published, at 256 steps:
-    eta=0.05,                # rescale with eta 0.05, top_p 0.9; cap 0.01, 0.9; loop 0.01, 0.95
+    psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published, at 256 steps:
+    eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
     redraws=3.0,             # informed: how often a token is redrawn on average; more: less diverse
     alpha_min=0.8,           # informed: how clean a text it is taken for, at first
     alpha_max=0.99,          # and at last
@@ -108,41 +108,28 @@ def ancestral(step, xt, steps, greedy, **_):
     return denoise_along(step, xt, alphas, torch.ones(steps), greedy)
 
 
-def psi_alphas_kappas(steps, psi, eta):
-    """alphas (steps + 1) and kappas (steps) of the Psi-samplers. kappa = 1 - sigma / (1 - alpha_s),
-    within [0, 1], re-noises more the larger eta is:
+def psi_kappas(alphas, psi, eta):
+    """kappa = 1 - sigma / (1 - alpha_s), within [0, 1], of each step between alphas (n + 1): the
+    larger eta is, the more is noised again.
 
     rescale   sigma = eta min(eta, (1 - alpha_s)/alpha_t), as in the published code, where the
               rule it is named after (ReMDM, arXiv 2503.00307) has min(1, ...): a small eta
               becomes eta squared
     cap       sigma = min(eta, (1 - alpha_s)/alpha_t)
-    loop      ancestral to alpha 0.9 in 45% of the steps, half of them there with sigma = eta, then
-              ancestral again
     """
-    n = steps + 1
-    times = ramp(1, T_END, n)
-    before, after = 0, n                 # the times in between are those of steps that correct
-    if psi == 'loop':
-        t = time_of_alpha(0.9)
-        before = round(0.45 * n)
-        after = before + round(0.5 * n)
-        times[:before] = ramp(1, t, before)
-        times[before:after] = t
-        times[after:] = ramp(t, T_END, n - after)
-    alphas = noise_schedule(times)[0]
     noise_s = 1 - alphas[1:]
-    sigma = (noise_s / alphas[:-1]).clamp(max=eta)       # in the loop a cap changes no kappa
+    sigma = (noise_s / alphas[:-1]).clamp(max=eta)
     if psi == 'rescale':
         sigma *= eta
     kappas = (1 - sigma / noise_s).clamp(0, 1)
-    kappas[:before] = 1
-    kappas[after - 1:] = 1
-    return alphas, kappas
+    kappas[-1] = 1
+    return kappas
 
 
 def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
     """Chapter II's (arXiv 2602.21185): each step noises some tokens again, so mistakes can go."""
-    return denoise_along(step, xt, *psi_alphas_kappas(steps, psi, eta), greedy)
+    alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
+    return denoise_along(step, xt, alphas, psi_kappas(alphas, psi, eta), greedy)
 
 
 def unmask(step, xt, mask_id, steps, **_):
@@ -190,7 +177,7 @@ SAMPLER_CHECKS = [
     ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('alpha_min alpha_max', lambda v: 0 < v < 1, 'above 0 and below 1'),
     ('sampler', lambda v: v in ['auto', *SAMPLERS], 'auto, ' + ', '.join(SAMPLERS)),
-    ('psi', lambda v: v in ('rescale', 'cap', 'loop'), 'rescale, cap or loop'),
+    ('psi', lambda v: v in ('rescale', 'cap'), 'rescale or cap'),
 ]
 
 

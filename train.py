@@ -55,7 +55,6 @@ eval_only = False            # validate once and stop
 init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name;
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
 num_samples = 3              # texts to print at the end
-sample_steps = 64            # network calls for each
 # --- wandb
 wandb_log = False
 wandb_project = 'nanoduo'
@@ -81,8 +80,10 @@ curriculum_k = 5             # tokens mixed at each position
 dcd_rounds = 5               # distillation: the teacher is renewed at the start of each round
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each round doubles it
 dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
-# --- optimiser: AdamW
-learning_rate = 1.5e-3
+# --- optimiser
+optimizer = 'adamw'          # 'muon': Muon for the matrices of the blocks, AdamW for all else
+learning_rate = 1.5e-3       # of AdamW
+muon_lr = 2e-3               # of Muon, on AdamW's scale: its updates have the same size
 max_iters = 1800
 warmup_iters = 40            # linear from zero, then constant
 cooldown_frac = 700 / 1800   # share of the run, at its end, that goes linearly to zero
@@ -100,19 +101,19 @@ compile = False              # torch.compile: pays from a few minutes of GPU tim
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
 
 CHECKS = [
-    ('eval_interval log_interval sample_steps keep_last dcd_rounds', lambda v: v >= 1,
-     'at least 1'),
-    ('batch_size gradient_accumulation_steps eval_iters n_layer n_head n_embd cond_dim',
-     lambda v: 1 <= v <= 10**6, '1 to a million'),
+    ('eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
+     'gradient_accumulation_steps n_layer n_head n_embd cond_dim',
+     lambda v: 1 <= v < 10**8, 'from 1 to 99,999,999'),
     ('max_iters', lambda v: 0 <= v < 10**8, 'from 0 to 99,999,999'),
     ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
-    ('warmup_iters learning_rate grad_clip checkpoint_interval checkpoint_minutes '
+    ('warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
      'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),
     ('dropout beta1 beta2 ema_decay', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     ('curriculum_frac cooldown_frac', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('tau dcd_delta', lambda v: v > 0, 'above 0'),
     ('curriculum_k', lambda v: v >= 2, 'at least 2'),
     ('objective', lambda v: v in ('duo', 'dcd', 'mdlm', 'ar'), 'duo, dcd, mdlm or ar'),
+    ('optimizer', lambda v: v in ('adamw', 'muon'), 'adamw or muon'),
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -200,8 +201,16 @@ def model_config(vocab_size):
 def build_optimizer(model):
     """A list of optimisers, each with its own rates: warm-up, clipping, skipped steps, checkpoints
     and resuming treat all of them alike."""
-    return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2),
-                              weight_decay=weight_decay, fused=True)]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        in_block = name.startswith('blocks') and p.ndim == 2 and 'adaLN' not in name
+        (matrices if in_block and optimizer == 'muon' else others).append(p)
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2),
+                                    weight_decay=weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
+                                           adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
 def set_lr(optimizers, share):
@@ -323,7 +332,8 @@ def main():
         parts['teacher'] = teacher
     step, began = 0, time.monotonic()
     val_loss = None
-    total, good, skipped, in_a_row = torch.zeros(4, device=here)
+    counts = torch.zeros(4, dtype=torch.float64, device=here)
+    total, good, skipped, in_a_row = counts              # views: of losses, steps, skipped steps
 
     # ---- resume
     if state:
@@ -336,9 +346,7 @@ def main():
                 load_optimizer(optimizer, saved)
             step, val_loss = state['step'], state['val_loss']
             began -= state['seconds']
-            skipped += state['skipped']
-            total += state['total']                      # of an interval that is not logged yet
-            good += state['good']
+            counts += state['counts'].to(here)
         except UNREADABLE as error:
             raise UserError(f'{out_dir}: its checkpoint is not one of this run: {error!r:.200}')
         if master and changed:
@@ -402,8 +410,8 @@ def main():
                     val_loss=val_loss)
         state = {name: part.state_dict() for name, part in parts.items()} | info
         state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                     skipped=int(skipped), total=total.item(), good=int(good),
-                     fingerprint=token_files, seconds=time.monotonic() - began)
+                     counts=counts.cpu(), fingerprint=token_files,
+                     seconds=time.monotonic() - began)
         save(out_dir, state, ema, info, folder, keep_last)
 
     def accumulate_gradients():
@@ -496,12 +504,12 @@ def main():
         total += torch.where(finite, loss, 0)
         good += finite
         skipped += ~finite
-        in_a_row = (in_a_row + 1) * ~finite
+        in_a_row.add_(1).mul_(~finite)
         step += 1
 
         # 4. LOG; nowhere else does the CPU wait for the device
         if step % log_interval == 0 or step == max_iters:
-            mean = (total.double() / good).item()     # nan if no step was good
+            mean = (total / good).item()              # nan if no step was good
             if in_a_row > max_bad_steps:
                 raise UserError(
                     f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
@@ -527,9 +535,7 @@ def main():
         run_script('plot.py', out_dir)
         write_card(out_dir, figures, defaults)
         if num_samples:
-            run_script('sample.py', f'--out_dir={out_dir}', f'--steps={sample_steps}',
-                       f'--num_samples={num_samples}', f'--seed={seed}', f'--device={here}',
-                       f'--dtype={dtype_name}')
+            run_script('sample.py', f'--out_dir={out_dir}', f'--num_samples={num_samples}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:

@@ -23,5 +23,4 @@ eval_interval = 1000
 eval_iters = 12
 log_interval = 50
 num_samples = 3
-sample_steps = 128
 compile = True

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --n_embd=32 '
         '--cond_dim=16 --dropout=0.1 --max_iters=12 --curriculum_frac=0.5 --eval_interval=4 '
         '--eval_iters=2 --log_interval=1 --warmup_iters=2 --cooldown_frac=0 --num_samples=1 '
-        '--sample_steps=4 --device=cpu').split()
+        '--device=cpu').split()
 
 
 def run(folder, script, *args, launcher=(), env=None):

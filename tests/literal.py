@@ -63,6 +63,18 @@ def literal_distillation(model, teacher, x0, u, vocab_size, delta=1 / 512):
     return (logp.exp() * (logp - logq)).sum(-1).mean()
 
 
+def posterior(probs, xt, alpha_s, alpha_t):
+    """q(xs|xt, x0 ~ probs) (B,T,K), the whole reverse distribution (eq. 5); probs (B,T,K), alphas
+    numbers or (B,1,1). reverse_step draws from it without making it."""
+    K = probs.size(-1)
+    alpha_ts = alpha_t / alpha_s
+    here = F.one_hot(xt, K).to(probs.dtype)
+    q = (here * (K * alpha_t * probs + alpha_ts - alpha_t)
+         + (alpha_s - alpha_t) * probs
+         + (1 - alpha_ts) * (1 - alpha_s) / K)
+    return q / q.sum(-1, keepdim=True)
+
+
 def literal_reverse(logits, xt, alpha_s, alpha_t):
     """Eq. 5: the whole posterior in float64, then Gumbel noise for all K tokens."""
     p, K, a_ts = logits.double().softmax(-1), logits.size(-1), alpha_t / alpha_s

@@ -11,9 +11,10 @@ import sample
 import selftest
 import train
 from configurator import UserError
-from diffusion import nelbo, posterior, stratified_times
+from diffusion import nelbo, stratified_times
 from helpers import TINY, good, one_line, run
-from literal import literal_distillation, literal_loss, literal_nelbo, literal_reverse
+from literal import (literal_distillation, literal_loss, literal_nelbo, literal_reverse,
+                     posterior)
 from model import DiT, DiTConfig
 
 QUICK = ['--repeats=1', *(option for option in TINY if 'dataset' not in option)]

@@ -105,7 +105,7 @@ def test_an_evaluation_waits_once_at_its_end(gpu, kind, dtype):
     ('duo', dict(greedy=True, temperature=0.9)),
     ('duo', dict(sampler='psi', top_p=0.9)),
     ('duo', dict(sampler='psi', psi='cap')),
-    ('duo', dict(sampler='psi', psi='loop')),
+    ('duo', dict(sampler='psi', psi='cap')),
     ('mdlm', dict(top_p=0.9)),
     ('ar', dict())])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
