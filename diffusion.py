@@ -362,10 +362,10 @@ def head_losses(h, weight, bias, loss_fn, args):
     return torch.cat(losses).view(h.shape[:2])
 
 
-def token_nll(model, x0, t, vocab_size, objective='duo', seeds=()):
+def token_nll(model, x0, t, vocab_size, objective='duo', seeds=(), fixed=None):
     """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), with noise
     from a seed for each row, whatever the training loss; for an autoregressive model the exact
-    (B,T-1), where t and seeds are not used."""
+    (B,T-1), where t, seeds and fixed are not used. fixed (B,T) bool: tokens that get no noise."""
     linear = model.output_layer.linear
     if objective == 'ar':
         h = model.hidden(x0[:, :-1])
@@ -376,6 +376,8 @@ def token_nll(model, x0, t, vocab_size, objective='duo', seeds=()):
         torch.manual_seed(seed)                          # batch it comes in
         rows.append(corrupt(x0[i:i + 1], alpha[i:i + 1], vocab_size, objective))
     xt, sigma = map(torch.cat, zip(*rows))               # (B,T), (B,1)
+    if fixed is not None:
+        xt = torch.where(fixed, x0, xt)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
     args = [xt, x0, alpha, dalpha]
     return head_losses(model.hidden(xt, sigma), linear.weight, linear.bias, loss_fn, args)

@@ -4,16 +4,20 @@ Denoise text out of pure noise, all tokens at once, with a model that train.py l
     python sample.py --steps 8                       # 8 network calls, and one for the last noise
     python sample.py --prompt "def main():" --watch  # go on from a prompt; watch it denoise
     python sample.py --prompt "def f(x):" --suffix "    return y"    # fill in between the two
+    python sample.py --infill "for [[2]] in range([[3]]):"           # fill holes of so many tokens
     python sample.py --prompts lines.txt --out texts.jsonl           # a prompt a line, JSON lines
+    python sample.py --score lines.txt               # how likely each line of a file is
     python sample.py --html denoising.html           # a page with a slider over the steps
 
-or, in a notebook:
+or, in a notebook (generate, infill, edit, score, token_probs):
 
     from sample import load, generate
     model = load('out')
     print(generate(model, 'def main():', steps=32)[0])
 """
 import json
+import math
+import re
 import sys
 import time
 from collections import namedtuple
@@ -26,8 +30,9 @@ from checkpoint import load_model
 from configurator import UserError, check, configure, run
 from data import load_tokenizer
 from device import pick_device, pick_dtype
-from diffusion import (categorical, gibbs_step, head_losses, masked_reverse_step, noise_schedule,
-                       reverse_step, top_p_filter)
+from diffusion import (categorical, cross_entropy, gibbs_step, head_losses, masked_reverse_step,
+                       noise_schedule, q_sample, reverse_step, stratified_times, token_nll,
+                       top_p_filter)
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model
@@ -37,6 +42,10 @@ length = 0                   # tokens in a text; 0: as many as the model was tra
 prompt = ''                  # text to begin with; it stays as it is
 suffix = ''                  # text to end with; likewise
 prompts = ''                 # a file of prompts, one a line, instead
+TASKS = dict(
+    infill='',               # a text with holes, instead: [[8]] tokens, or [[words]] to replace
+    score='',                # a file: say how likely each of its lines is, and sample nothing
+)
 seed = 1337
 # --- how: the samplers' options, also eval.py's settings and generate()'s keywords
 SAMPLER_OPTIONS = dict(
@@ -294,20 +303,125 @@ def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
             raise UserError(f'prompt and suffix take {length - n_free} tokens of {length}: shorten '
                             'them, or give a larger --length')
         rows.append(begin + [-1] * n_free + end)
+    return fill_holes(loaded, rows, num_samples)
+
+
+def fill_holes(loaded, rows, num_samples=1):
+    """What denoise starts from, num_samples times each of the rows, lists of ids: xt (B,T) with
+    noise where an id is -1, and fixed (B,T), true elsewhere."""
     known = torch.tensor(rows).repeat_interleave(num_samples, 0)
     fixed = known >= 0
-    xt = torch.where(fixed, known, sample_prior(info, known.shape))
-    device = model.output_layer.linear.weight.device
+    xt = torch.where(fixed, known, sample_prior(loaded.info, known.shape))
+    device = loaded.model.output_layer.linear.weight.device
     return xt.to(device), fixed.to(device)
+
+
+def edge_tokens(loaded, ids):
+    """A row as in training: bos, the ids, eos."""
+    data = loaded.info['data']
+    return [data['bos_id'], *ids, data['eos_id']]
+
+
+def start_template(loaded, template, num_samples=1):
+    """The same for a text with holes: [[8]] is one of 8 tokens, [[some words]] one of as many as
+    these words have."""
+    encode = loaded.tokenizer.encode
+    ids = []
+    for i, part in enumerate(re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)):
+        if i % 2 == 0:                                   # text and holes alternate
+            ids += encode(part)
+        else:
+            n = int(part) if part.isdecimal() else len(encode(part))
+            text_length(loaded.info, len(ids) + n, num_samples)
+            ids += [-1] * n
+    if -1 not in ids:
+        raise UserError('no hole in the text: [[8]] is one of 8 tokens')
+    if loaded.info['objective'] == 'ar':
+        raise UserError('an autoregressive model cannot look ahead: only diffusion models infill')
+    return fill_holes(loaded, [edge_tokens(loaded, ids)], num_samples)
+
+
+def sample_texts(loaded, xt, fixed, **options):
+    for xt in denoise(loaded, xt, fixed, **options):
+        pass
+    return [loaded.tokenizer.decode(row) for row in xt.tolist()]
 
 
 def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
     """A list of num_samples texts that begin with prompt and end with suffix. loaded: load(...);
     length: in tokens; options: SAMPLER_OPTIONS. torch.manual_seed(...) makes it repeatable."""
-    xt, fixed = start_tokens(loaded, [prompt], num_samples, suffix, length)
-    for xt in denoise(loaded, xt, fixed, **options):
-        pass
-    return [loaded.tokenizer.decode(row) for row in xt.tolist()]
+    start = start_tokens(loaded, [prompt], num_samples, suffix, length)
+    return sample_texts(loaded, *start, **options)
+
+
+def infill(loaded, template, num_samples=1, **options):
+    """A list of num_samples texts: the template with its holes filled (see start_template)."""
+    return sample_texts(loaded, *start_template(loaded, template, num_samples), **options)
+
+
+def edit(loaded, text, strength=0.3, num_samples=1, **options):
+    """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
+    informed sampler takes over: for a Duo."""
+    alpha = 1 - strength
+    x0, _ = fill_holes(loaded, [edge_tokens(loaded, loaded.tokenizer.encode(text))], num_samples)
+    xt = q_sample(x0, alpha, loaded.info['data']['vocab_size'])
+    fixed = torch.zeros_like(x0, dtype=torch.bool)
+    fixed[:, [0, -1]] = True
+    xt = torch.where(fixed, x0, xt)
+    options = dict(sampler='informed', alpha_min=alpha, alpha_max=max(alpha, 0.99)) | options
+    return sample_texts(loaded, xt, fixed, **options)
+
+# --------------------------------------------------------------------------------------------------
+# how likely a text is
+
+@torch.no_grad()
+def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
+    """Nats of each of the texts between given and suffix, and their standard errors: two (N,)
+    float64. Exact for AR (suffix is not used), else an upper bound: the mean of some draws of the
+    NELBO, with noise on the text alone, from the same seeds for all texts."""
+    model, tokenizer, info = loaded
+    data, objective = info['data'], info['objective']
+    before = [data['bos_id'], *tokenizer.encode(given)]
+    after = [*tokenizer.encode(suffix), data['eos_id']]
+    if objective == 'ar':
+        draws = 1
+    sums = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        x0, fixed = fill_holes(loaded, [before + ids + after], draws)       # (draws,T)
+        inside = slice(-len(after) - len(ids), -len(after))
+        fixed[:, inside] = False
+        t = stratified_times(0.5, 0, draws, draws, device=x0.device)
+        nats = token_nll(model, x0, t, data['vocab_size'], objective, range(seed, seed + draws),
+                         fixed)
+        sums.append(nats[:, inside].double().sum(-1))
+    sums = torch.stack(sums).cpu()                                          # (N,draws)
+    return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)
+
+
+@torch.no_grad()
+def token_probs(loaded, text, alpha=0.95):
+    """The ids of a text's tokens, and the probability of each: for a Duo, given all others (taken
+    for noisy, at alpha) in one network call; for AR, given those before it."""
+    model, tokenizer, info = loaded
+    if info['objective'] == 'mdlm':
+        raise UserError('a masked model takes every token that shows for right')
+    ids = tokenizer.encode(text)
+    x, _ = fill_holes(loaded, [edge_tokens(loaded, ids)])                   # (1,T)
+    if info['objective'] == 'ar':
+        nats = token_nll(model, x, None, None, 'ar')                        # (1,T-1)
+    else:
+        linear = model.output_layer.linear
+        h = model.hidden(x, torch.full_like(x[:, :1], -math.log(alpha), dtype=torch.float32))
+        nats = head_losses(h, linear.weight, linear.bias, cross_entropy, [x])
+    return ids, (-nats[0, -len(ids) - 1:-1]).exp().tolist()
+
+
+def print_scores(loaded, lines):
+    for line, nats, error in zip(lines, *score(loaded, lines)):
+        bpb = nats / math.log(2) / max(1, len(line.encode()))
+        ppl = math.exp(nats / max(1, len(loaded.tokenizer.encode(line))))
+        print(f'{nats:.2f} +- {error:.2f} nats, {bpb:.3f} bits per byte, PPL {ppl:.2f}: {line}')
 
 # --------------------------------------------------------------------------------------------------
 # the script
@@ -322,23 +436,34 @@ def denoising_page(tokenizer, frames, title):
     return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
+def read_lines(path):
+    with open(path, encoding='utf-8', errors='replace') as file:
+        lines = [line.rstrip('\n') for line in file]
+    if not lines:
+        raise UserError(f'{path} is empty: give a file with lines')
+    return lines
+
+
 def main():
-    globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS + SAMPLER_CHECKS))
+    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, CHECKS + SAMPLER_CHECKS)
+    tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
+    globals().update(settings)
     where = init_from or out_dir
     loaded = load(where, device)
     options = choose_sampler(loaded.info, {name: globals()[name] for name in SAMPLER_OPTIONS})
     autocast = pick_dtype(dtype, pick_device(device))[1]
-    lines = [prompt]
-    if prompts:
-        with open(prompts, encoding='utf-8', errors='replace') as file:
-            lines = [line.rstrip('\n') for line in file]
-        if prompt or not lines:
-            raise UserError(f'--prompts={prompts}: give a file with lines, and no --prompt')
-
+    if tasks['score']:
+        with autocast:
+            print_scores(loaded, read_lines(tasks['score']))
+        return
+    lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
     torch.manual_seed(seed)
     began = time.time()
     texts, calls = [], 0
-    noise, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
+    if tasks['infill']:
+        noise, fixed = start_template(loaded, tasks['infill'], num_samples)
+    else:
+        noise, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
     for xt, given in zip(noise.split(batch_size), fixed.split(batch_size)):
         frames = [xt]
         with autocast:

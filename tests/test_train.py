@@ -214,7 +214,7 @@ def test_the_window_of_the_curriculum_is_told(work, tmp_path):
 def test_a_mistake_is_one_line_on_stderr(work):
     done = run(work, 'train.py', '--dcd_rounds=0')
     assert done.returncode == 1
-    assert done.stderr == '--dcd_rounds=0: must be at least 1\n' and not done.stdout
+    assert done.stderr == '--dcd_rounds=0: must be from 1 to 99,999,999\n' and not done.stdout
 
 
 def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(work, tmp_path):
