@@ -141,7 +141,8 @@ def load_stream(folder, split, meta):
         starts = np.memmap(folder / f'{split}.idx', np.int64, 'r')
         if starts[0] or starts[-1] != count or (starts[1:] < starts[:-1]).any():
             raise ValueError(f'{split}.idx does not divide the {count} tokens of {split}.bin')
-    return tokens, starts, np.memmap(folder / f'{split}.bytes', float, 'r', shape=meta['vocab_size'])
+    sizes = np.memmap(folder / f'{split}.bytes', float, 'r', shape=meta['vocab_size'])
+    return tokens, starts, sizes
 
 
 def check_tokens(data, vocab_size, folder):

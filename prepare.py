@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 from array import array
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -48,8 +49,9 @@ CHECKS = [
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens
 LEARN_FROM = 100_000_000      # characters of the training text that teach a BPE
 RECORD = 2 ** 26              # characters: a longer line is no record
-PIECE = 2 ** 16               # characters: a longer text is tokenised in pieces
-BATCH = 1024                  # pieces that the threads are given at a time
+PIECE = 2 ** 14               # characters: a longer text is tokenised in pieces
+ROWS = 16                     # pieces that a thread is given at a time
+AHEAD = 32                    # such helpings that may wait
 PARTS = ('train', 'val')
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
@@ -375,15 +377,17 @@ def pieces(documents, length):
 
 
 def in_threads(function, rows):
-    """Yield function(row) of each row, in order; two batches of rows are in memory. Threads
-    suffice, as the tokenizers release the interpreter's lock."""
-    results = []
+    """Yield function(row) of each row, in order; few rows are in memory. Threads suffice, as the
+    tokenizers release the interpreter's lock."""
+    many = lambda some: [function(row) for row in some]
+    waiting = deque()
     with ThreadPoolExecutor() as pool:
-        while batch := list(islice(rows, BATCH)):
-            following = pool.map(function, batch)
-            yield from results
-            results = following
-        yield from results
+        while some := list(islice(rows, ROWS)):
+            waiting.append(pool.submit(many, some))
+            if len(waiting) > AHEAD:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
 
 
 def token_sizes(decode, meta):
@@ -481,9 +485,9 @@ def main():
         sets = [[name] for name in ZEROSHOT if not Path(settings['data_dir'], name).exists()]
     for sources in sets:
         meta = prepare(sources, **settings)
-        print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '
-              f'on, {meta["val_tokens"]:,} to validate; {meta["tokenizer"]}, vocabulary '
-              f'{meta["vocab_size"]:,}')
+        folder = os.path.join(settings['data_dir'], meta['name'])
+        print(f'{folder!r}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} '
+              f'to validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}')
 
 
 if __name__ == '__main__':
