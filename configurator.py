@@ -28,7 +28,7 @@ def run(main):
         sys.exit('stopped')
 
 
-def configure(g, checks=(), argv=None):
+def configure(g, checks=(), argv=None, paths=None):
     """Return {name: value} of a script's settings, as `argv` (default: sys.argv[1:]) changes them.
 
         learning_rate = 3e-4  # a setting: a global int, float, bool or str with a small letter
@@ -41,6 +41,7 @@ def configure(g, checks=(), argv=None):
                         are free, any other new name is an error
         --key=value     or --key value, or --flag for a bool; dashes in a key are underscores
         --help, -h      print the docstring and every setting, its value so far, its comment; exit
+    With a list as `paths`, arguments that are no options are appended to it, and none is run.
     Types never change, except that an int may stand for a float; nan and inf are refused. At the
     end each row of `checks` must hold: names, a predicate, the rule in words. Any mistake raises
     UserError.
@@ -55,6 +56,9 @@ def configure(g, checks=(), argv=None):
             sys.exit(0)
         if arg.startswith('-'):
             read_option(arg, args, settings)
+            continue
+        if paths is not None:
+            paths.append(arg)
             continue
         path = arg if os.path.isfile(arg) else os.path.join(folder, arg)
         if not os.path.isfile(path):

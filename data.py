@@ -29,7 +29,6 @@ LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
 class Tokenizer(NamedTuple):
     encode: Callable  # text -> list of ids, no special ones added
     decode: Callable  # a list or 1-d array of ids -> text; eos is a blank line, broken bytes U+FFFD
-    size: Callable    # an id -> how many bytes of text it stands for, by its spelling
 
 
 def load_tokenizer(meta, folder):
@@ -38,12 +37,10 @@ def load_tokenizer(meta, folder):
     if name == 'bytes':
         encode = lambda text: list(text.encode())
         decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
-        size = lambda i: 1
     elif name == 'gpt2':
-        encode, decode, size = load_gpt2()
+        encode, decode = load_gpt2()
     else:
-        encode, decode, size = load_file(name, Path(folder, 'tokenizer.json'),
-                                         meta.get('tokenizer_sha256'))
+        encode, decode = load_file(Path(folder, 'tokenizer.json'), meta.get('tokenizer_sha256'))
     hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
 
     def decode_documents(ids):
@@ -52,7 +49,7 @@ def load_tokenizer(meta, folder):
         return '\n\n'.join(decode([i for i in document.tolist() if i not in hidden])
                            for document in documents)
 
-    return Tokenizer(encode, decode_documents, size)
+    return Tokenizer(encode, decode_documents)
 
 
 def load_gpt2():
@@ -62,7 +59,7 @@ def load_gpt2():
     except (OSError, ValueError) as error:
         raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
                         'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
-    return gpt2.encode_ordinary, gpt2.decode, lambda i: len(gpt2.decode_single_token_bytes(i))
+    return gpt2.encode_ordinary, gpt2.decode
 
 
 def guarded(message, function, *args):
@@ -70,14 +67,14 @@ def guarded(message, function, *args):
     than Exception, and its panics are not even that."""
     try:
         return function(*args)
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
-            raise UserError(f'{message} ({error!s:.200})')
+    except KeyboardInterrupt:
         raise
+    except BaseException as error:
+        raise UserError(f'{message} ({error!s:.200})')
 
 
-def load_file(name, path, sha256):
-    """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
+def load_file(path, sha256):
+    """encode and decode of a tokenizer.json; with None as sha256, of any."""
     import tokenizers
     call = functools.partial(guarded, f'{path} is no usable tokenizer: prepare the data again')
     raw = call(path.read_bytes)
@@ -89,21 +86,13 @@ def load_file(name, path, sha256):
     tokenizer.no_padding()
 
     def encode(text):
-        lines = [text] if name == 'json' else LINE_ENDS.split(text)
-        found = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        found = tokenizer.encode_batch_fast(LINE_ENDS.split(text), add_special_tokens=False)
         return [i for line in found for i in line.ids]
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    # in a byte-level vocabulary each character of a token is a byte
-    size = lambda i: len(tokenizer.id_to_token(i) or '')
-    return functools.partial(call, encode), functools.partial(call, decode), size
-
-
-def same_tokenizer(meta, other):
-    """Do two metas number the same tokens alike?"""
-    return not tokenizer_difference(meta, other)
+    return functools.partial(call, encode), functools.partial(call, decode)
 
 
 def tokenizer_difference(meta, other):
@@ -141,24 +130,18 @@ def load_data(folder):
 
 
 def load_stream(folder, split, meta):
-    count, size = meta[f'{split}_tokens'], meta[f'{split}_bytes']
+    count = meta[f'{split}_tokens']
     dtype = np.uint16 if meta['vocab_size'] <= 65535 else np.uint32
-    if type(size) is not int or count != 0 and size < 1:
-        raise ValueError(f'{split}_bytes cannot be {size!r:.40}')
     if count == 0:  # a zero-shot set has nothing to train on
         return np.empty(0, dtype), None, None
     tokens, starts = np.memmap(folder / f'{split}.bin', dtype, 'r'), None
     if len(tokens) != count:
         raise ValueError(f'{split}.bin holds {len(tokens)} tokens, not {count!r:.40}')
     if meta['pad_id'] is not None:
-        starts = np.memmap(folder / f'{split}.idx', np.uint64, 'r').view(np.int64)
+        starts = np.memmap(folder / f'{split}.idx', np.int64, 'r')
         if starts[0] or starts[-1] != count or (starts[1:] < starts[:-1]).any():
             raise ValueError(f'{split}.idx does not divide the {count} tokens of {split}.bin')
-    sizes, path = np.full(meta['vocab_size'], size / count), folder / f'{split}.bytes'
-    if path.exists():   # sets of an older version have none
-        sizes = np.memmap(path, float, 'r', shape=sizes.shape)
-    if not 0 <= sizes.min() <= sizes.max() < 2**20:
-        raise ValueError(f'{path} holds no numbers of bytes')
+    sizes = np.memmap(folder / f'{split}.bytes', float, 'r', shape=meta['vocab_size'])
     return tokens, starts, sizes
 
 

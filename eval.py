@@ -24,7 +24,7 @@ import torch
 
 from checkpoint import append_log, load_model, read_config
 from configurator import UserError, configure, run
-from data import get_batch, likelihood_figures, load_data, num_rows, same_tokenizer
+from data import get_batch, likelihood_figures, load_data, num_rows, tokenizer_difference
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
 from sample import (CHECKS, SAMPLER_OPTIONS, choose_sampler, denoise, describe_sampler, load,
@@ -66,7 +66,7 @@ def likelihood(model, info, rank, world):
     if not name:
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
     meta, data = load_data(f'{data_dir}/{name}')
-    if not same_tokenizer(meta, info['data']):
+    if tokenizer_difference(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
     stream = data[split]
     # 1. ROWS, shuffled, as the times grow with a row's number
@@ -116,7 +116,7 @@ def our_judge(folder, info, device):
     """-> score(rows), which yields the nats of the tokens in rows (N,T) by the AR model of a run,
     tensor by tensor."""
     judge, about = load_model(folder, device=device)
-    if about['objective'] != 'ar' or not same_tokenizer(about['data'], info['data']):
+    if about['objective'] != 'ar' or tokenizer_difference(about['data'], info['data']):
         raise UserError(f'--gen_ppl={folder}: a judge is autoregressive, with the same vocabulary')
 
     def score(rows):

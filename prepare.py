@@ -12,7 +12,6 @@ Text -> token files: data/NAME/{train,val}.bin and meta.json (data.py says what 
 A named file may be any UTF-8 text, or hold one document per record: .jsonl, .jsonl.gz, .jsonl.zst
 or .parquet. Of a folder, every .txt, .md and record file is taken, at any depth.
 """
-import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -25,15 +24,14 @@ import sys
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from configurator import UserError, configure, run
-from data import LINE_ENDS, check_meta, guarded, load_tokenizer
+from data import LINE_ENDS, guarded, load_tokenizer
 
 name = ''                     # what to call it; '': as the set, or the first file or folder
 tokenizer = ''                # bytes, bpe (learnt from the text), gpt2, bert, or the path of a
@@ -42,35 +40,32 @@ vocab_size = 0                # of bpe; 0: 4096, less for under 1 MB of text
 val_fraction = 0.05           # share that validates
 data_dir = 'data'             # where the data sets are
 text_key = 'text'             # where in a record the text is
-revision = 'main'             # of hf:ORG/NAME
 max_docs = 0                  # stop after so many documents
 max_tokens = 0                # stop soon after so many training tokens
-workers = os.cpu_count()      # threads
 CHECKS = [
-    ('vocab_size max_docs max_tokens workers', lambda v: v >= 0, 'at least 0'),
+    ('vocab_size max_docs max_tokens', lambda v: v >= 0, 'at least 0'),
     ('val_fraction', lambda v: 0 < v < 1, 'between 0 and 1'),
 ]
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens
 LEARN_FROM = 100_000_000      # characters of the training text that teach a BPE
 RECORD = 2 ** 26              # characters: a longer line is no record
-PIECE = 2 ** 16               # characters: a longer text is tokenised in pieces
+PIECE = 2 ** 14               # characters: a longer text is tokenised in pieces
 ROWS = 16                     # pieces that a thread is given at a time
+AHEAD = 32                    # such helpings that may wait
 PARTS = ('train', 'val')
-FILES = set('train.bin val.bin train.idx val.idx train.bytes val.bytes meta.json tokenizer.json'
-            .split())
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
 # Of the standard library: no tests, no generated tables, nothing that belongs to one machine.
 LEFT_OUT = re.compile(r'/(test|tests|idle_test|encodings|pydoc_data|entities\.py|stringprep\.py|'
                       r'_casefix\.py|site-packages|dist-packages|sitecustomize\.py)(/|$)'
                       r'|_sysconfigdata')
-# Of the tokenizers of others: what begins a document, ends it, pads a row.
-SPECIAL = ('<|begin_of_text|> <s> <bos> [CLS]',
-           '<|endoftext|> <|end_of_text|> </s> <eos> [SEP]',
-           '[PAD] <pad>')
-# What divides the text in a tokenizer.json like ours; of others nothing is known.
-KINDS = {'ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)': 'bpe',
-         'BertPreTokenizer()': 'bert'}
+# How the kinds of tokenizer.json divide a text, and what begins a document, ends it, pads a row.
+KINDS = {
+    'ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)':
+        ('bpe', '<|endoftext|> <|endoftext|>'),
+    'BertPreTokenizer()':
+        ('bert', '[CLS] [SEP] [PAD]'),
+}
 
 # --------------------------------------------------------------------------------------------------
 # the published sets
@@ -185,47 +180,38 @@ def detokenise(text, kind):
 # --------------------------------------------------------------------------------------------------
 # documents: each is a pair (does it validate?, its text)
 
-def read_text(path):
-    """The text of a UTF-8 file, without a byte-order mark; line ends become \n."""
-    try:
-        text = Path(path).read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text (byte {error.start}): convert it first')
-    if '\0' in text:
-        raise UserError(f'{path} is not text: it holds a NUL byte')
-    return text.replace('\r\n', '\n')
-
-
-def read_rows(path):
-    """Yield the records of a .jsonl file, compressed or not, or of a .parquet file."""
+def read_rows(path, key):
+    """Yield the records of a file; of one that is all text, a record with the text under the key,
+    without a byte-order mark; line ends become \n."""
     if path.endswith('.parquet'):
         import datasets
         yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',
                                          streaming=True)
-        return
-    import pyarrow  # the 'json' loader makes dates of texts, and refuses a field that appears late
-    with pyarrow.input_stream(path) as file:
-        text = io.TextIOWrapper(file, encoding='utf-8')
-        while line := text.readline(RECORD):
-            if len(line) == RECORD:
-                raise ValueError(f'a line of {RECORD:,} characters or more')
-            if line.strip():
-                yield json.loads(line)
+    elif path.endswith(RECORDS):
+        import pyarrow  # the 'json' loader makes dates of texts, and refuses fields that come late
+        with pyarrow.input_stream(path) as file:
+            text = io.TextIOWrapper(file, encoding='utf-8')
+            while line := text.readline(RECORD):
+                if len(line) == RECORD:
+                    raise ValueError(f'a line of {RECORD:,} characters or more')
+                if line.strip():
+                    yield json.loads(line)
+    else:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            yield {key: file.read().replace('\r\n', '\n')}
 
 
-def read_file(path, key):
-    """Yield the texts of a file: of a record file, what stands under a key or in a column."""
-    if not path.endswith(RECORDS):
-        yield read_text(path)
-        return
-    number = 0
-    try:
-        for row in read_rows(path):
-            number += 1
-            yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise UserError(f'{path}: no text under {key!r} (--text_key) after record {number}: '
-                        f'{error!r:.200}')
+def read_texts(paths, key):
+    """Yield the texts of files: of a record file, what stands under a key or in a column."""
+    for path in paths:
+        number = 0
+        try:
+            for row in read_rows(path, key):
+                number += 1
+                yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise UserError(f'{path}: no UTF-8 text under {key!r} (--text_key) after record '
+                            f'{number}: {type(error).__name__}: {error!s:.200}')
 
 
 def score(key):
@@ -233,157 +219,147 @@ def score(key):
     return int(hashlib.sha256(os.fsencode(key)).hexdigest()[:8], 16) / 2**32
 
 
-def end_validates(path, val_fraction):
+def number_validates(texts, val_fraction, first=sys.maxsize):
+    """Documents of texts: a hash of its number decides, and the number `first` and all behind."""
+    for number, text in enumerate(texts):
+        yield number >= first or score(str(number)) < val_fraction, text
+
+
+def end_validates(text, val_fraction):
     """One text in two parts, cut where a paragraph begins, or a line, or at least a character."""
-    text = read_text(path)
     raw = text.encode()
     cut = len(raw[:round(len(raw) * (1 - val_fraction))].decode(errors='replace'))
     near = round(len(text) * min(val_fraction, 1 - val_fraction) / 2)
-    for end in ('\n\n', '\n'):
+    for end in ('\n\n', '\n', ''):
         place = text.rfind(end, cut - near, cut)
         if place >= 0:
-            cut = place + len(end)
             break
+    cut = place + len(end)
     return [(True, text[cut:]), (False, text[:cut])]
 
 
-def find_files(paths):
+def find_files(paths, text_key):
     """{name: path} of files, and of the texts and records in folders, at any depth, but for hidden
     ones; names are relative to their common folder. Blank texts are left out."""
-    found = []
+    files = []
     for path in paths:
-        files = [path]
-        if os.path.isdir(path):
-            files = glob.glob(f'{glob.escape(path)}/**', recursive=True)
-            files = [file for file in files if file.endswith(TEXTS + RECORDS)]
-        for file in files:
-            if not os.path.isfile(file):
-                raise UserError(f'{file!r} is not there, or no regular file')
-            if file.endswith(RECORDS) or read_text(file).strip():
-                found.append(os.path.abspath(file))
+        inside = glob.glob(f'{glob.escape(path)}/**', recursive=True)
+        files += [file for file in inside if file.endswith(TEXTS + RECORDS)] or [path]
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f'{file!r} is no regular file, nor a folder with {TEXTS + RECORDS}')
+    found = sorted(os.path.abspath(file) for file in files
+                   if file.endswith(RECORDS) or next(read_texts([file], text_key)).strip())
     if not found:
-        raise UserError(f'no text in {", ".join(paths)}: of folders, {TEXTS + RECORDS} are read')
+        raise UserError(f'no text in {", ".join(paths)}')
     root = os.path.commonpath([os.path.dirname(file) for file in found])
-    return {os.path.relpath(file, root): file for file in sorted(found)}
+    return {os.path.relpath(file, root): file for file in found}
 
 
 def stdlib_files():
-    """{name: path} of the standard library's source, as people wrote it."""
+    """Paths of the standard library's source, as people wrote it."""
     root = os.path.dirname(os.__file__)
     paths = glob.glob(f'{root}/**/*.py', recursive=True)
-    return find_files([path for path in paths if not LEFT_OUT.search(path[len(root):])])
+    return [path for path in paths if not LEFT_OUT.search(path[len(root):])]
 
 
-def split_files(files, val_fraction, text_key):
-    """Documents of {name: path}; neither split stays empty."""
-    if any(path.endswith(RECORDS) for path in files.values()):
-        texts = (text for path in files.values() for text in read_file(path, text_key))
-        return ((score(str(i)) < val_fraction, text) for i, text in enumerate(texts))
-    if len(files) == 1:
-        return end_validates(*files.values(), val_fraction)
-    ranked = sorted(map(score, files))
-    bar = min(max(val_fraction, ranked[0]), ranked[-2])
-    return ((score(name) <= bar, read_text(path)) for name, path in files.items())
-
-
-def hub_texts(repo, revision, pattern, key):
-    """Texts of a hub set's files, each fetched when its turn comes: few texts need few files."""
+def hub_files(repo, pattern):
+    """Paths of a hub set's files, each fetched when its turn comes: few texts need few files."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HTTPError
     try:
-        info = HfApi().dataset_info(repo, revision=revision)
-        names = sorted(file.rfilename for file in info.siblings)
-        for name in fnmatch.filter(names, pattern or '*train*'):
-            path = hf_hub_download(repo, name, repo_type='dataset', revision=info.sha)
-            yield from read_file(path, key)
+        info = HfApi().dataset_info(repo, revision=REVISIONS.get(repo))
+        names = fnmatch.filter((file.rfilename for file in info.siblings), pattern or '*train*')
+        for name in sorted(names):
+            yield hf_hub_download(repo, name, repo_type='dataset', revision=info.sha)
     except (OSError, ValueError, HTTPError) as error:       # ValueError: an impossible name
-        raise UserError(f'{repo} ({revision}) is out of reach ({error!r:.99}): go online, or name '
-                        'a mirror by HF_ENDPOINT')
+        raise UserError(f'{repo} is out of reach ({error!r:.99}): go online, or name a mirror by '
+                        'HF_ENDPOINT')
 
 
-def read_hub(row, revision, val_fraction, max_docs):
-    """Documents of a hub set, by a row as in SETS; what validates by itself is never shortened."""
-    repo, train, val, column, _, _, _, total, _ = row
-    revision = REVISIONS.get(repo, revision)
+def read_documents(row, files, val_fraction, max_docs):
+    """Documents of a set, by a row as in SETS: of the hub, or of files {name: path}. What validates
+    by itself is never shortened; of several texts, neither split stays empty."""
+    repo, train, val, column, *_, total, _ = row
+    paths = hub_files(repo, train) if repo else files.values()
+    texts = islice(read_texts(paths, column), max_docs or None)
     if '*' in val:
-        for text in hub_texts(repo, revision, val, column):
-            yield True, text
-    if train != '-':
+        held = read_texts(hub_files(repo, val), column)
+        return chain(((True, text) for text in held), ((False, text) for text in texts))
+    if val == 'last':
         total = min(int(total), max_docs or sys.maxsize)
-        first = total - min(total // 10, 100_000)
-        texts = islice(hub_texts(repo, revision, train, column), max_docs or None)
-        for number, text in enumerate(texts):
-            some = val == 'some' and score(str(number)) < val_fraction
-            yield some or val == 'last' and number >= first, text
+        return number_validates(texts, 0, total - min(total // 10, 100_000))
+    if repo or any(name.endswith(RECORDS) for name in files):
+        return number_validates(texts, val_fraction)
+    if len(files) == 1:
+        return end_validates(*texts, val_fraction)
+    ranked = sorted(map(score, files))
+    bar = min(max(val_fraction, ranked[0]), ranked[-2])
+    return zip((score(name) <= bar for name in files), texts)
 
 # --------------------------------------------------------------------------------------------------
 # tokenizers
 
 def train_bpe(texts, vocab_size, path):
-    """Learn and save a byte-level BPE whose id 0 ends a document; -> its size, <= vocab_size."""
+    """Learn and save a byte-level BPE of at most vocab_size tokens, whose id 0 ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    taught, size = [], 0
+    for text in texts:
+        taught.append(text)
+        size += len(text)
+        if size >= LEARN_FROM:
+            break
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that any text can be spelled
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<|endoftext|>'],
-                                  initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator((line for text in texts for line in LINE_ENDS.split(text)), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size or min(VOCAB_SIZE, max(512, size // 256)),
+        special_tokens=['<|endoftext|>'],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),   # so that any text can be spelled
+        show_progress=False)
+    bpe.train_from_iterator((line for text in taught for line in LINE_ENDS.split(text)), trainer)
     bpe.save(str(path))
-    return bpe.get_vocab_size()
 
 
-def head(texts, characters):
-    """The first of the texts, up to the one that reaches so many characters."""
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
-
-
-def write_vocabulary(source, path):
-    """Write a vocab.txt or a tokenizer.json to path, as a tokenizer.json; -> its kind and ids."""
+def write_tokenizer(source, path):
+    """Write a vocab.txt or a tokenizer.json to path, as a tokenizer.json, unless it is there (a
+    BPE); -> its kind, its size, its special ids."""
     from huggingface_hub import hf_hub_download
     from tokenizers import BertWordPieceTokenizer, Tokenizer, models
     if source == 'bert':
         source = hf_hub_download(BERT, 'vocab.txt', revision=REVISIONS[BERT])
     if source.endswith('.txt'):
         BertWordPieceTokenizer(models.WordPiece.read_file(source)).save(str(path))
-    else:
+    elif source != 'bpe':
         shutil.copyfile(source, path)
-    vocabulary = Tokenizer.from_file(str(path))
-    return KINDS.get(str(vocabulary.pre_tokenizer), 'json'), vocabulary.get_vocab()
+    tokenizer = Tokenizer.from_file(str(path))
+    kind, special = KINDS[str(tokenizer.pre_tokenizer)]
+    ids = tokenizer.get_vocab()
+    return kind, 1 + max(ids.values()), [ids[token] for token in special.split()]
 
 
 def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
     """Write a tokenizer's file to path, if it has one, and return what meta says of it.
-    tokenizer: as --tokenizer; texts(): the training text; rule: as in SETS."""
-    kind, size, bos, eos, pad = tokenizer, 256, 0, 0, 'none'
+    tokenizer: as --tokenizer; texts: the training text; rule: as in SETS."""
+    if tokenizer == 'bpe':
+        train_bpe(texts, vocab_size, path)
+    kind, size, special = tokenizer, 256, [0, 0]
     if tokenizer == 'gpt2':
-        size, bos, eos = 50257, 50256, 50256
-    elif tokenizer == 'bpe':
-        if not vocab_size:  # a small text cannot teach 4096 tokens: one for every 256 characters
-            known = sum(map(len, head(texts(), VOCAB_SIZE * 256)))
-            vocab_size = min(VOCAB_SIZE, max(512, known // 256))
-        size = train_bpe(head(texts(), LEARN_FROM), vocab_size, path)
+        size, special = 50257, [50256, 50256]
     elif tokenizer != 'bytes':
-        kind, ids = guarded(f'--tokenizer {tokenizer} is not to be had: give bytes, bpe, gpt2, '
-                            'bert (fetched from the hub once), a vocab.txt or a tokenizer.json',
-                            write_vocabulary, tokenizer, path)
-        size = 1 + max(ids.values())
-        bos, eos, pad = (next((ids[name] for name in names.split() if name in ids), 'none')
-                         for names in SPECIAL)
-        bos = eos if bos == 'none' else bos
-    if kind == 'bert' and rule != 'padded':
+        kind, size, special = guarded(
+            f'--tokenizer {tokenizer} is not to be had: give bytes, bpe, gpt2, bert (fetched from '
+            'the hub once), a vocab.txt of BERT or a tokenizer.json like those of bpe and bert',
+            write_tokenizer, tokenizer, path)
+    bos, eos, *pads = special
+    if rule == 'padded' and not pads:
+        raise UserError(f'--tokenizer {tokenizer} has no [PAD], which a set of padded rows needs')
+    if rule != 'padded' and kind == 'bert':
         eos = bos  # a quirk of the published packed sets, kept so that numbers compare
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-    meta = dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
-                pad_id=pad if rule == 'padded' else None,
+    return dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
+                pad_id=pads[0] if rule == 'padded' else None,
                 dtype='uint16' if size <= 65535 else 'uint32')
-    guarded(f'--tokenizer {tokenizer} will not do: it needs a token that ends a document, like '
-            '</s>, and for an unpacked set one for the pads, like [PAD]', check_meta, meta)
-    return meta
 
 # --------------------------------------------------------------------------------------------------
 # documents -> pieces of text -> tokens -> token files
@@ -391,44 +367,39 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
 def pieces(documents, length):
     """Yield rows: text, does it end a document?, does it validate? A document longer than length is
     cut between lines, where no tokenizer joins anything."""
-    ends = False
     for val, text in documents:
-        start, ends = 0, False
-        while not ends:
+        start, safe = 0, True
+        while safe:
             safe = LINE_ENDS.search(text, start + length)
-            ends = safe is None
-            end = len(text) if ends else safe.start()
-            yield text[start:end], ends, val
+            end = safe.start() if safe else len(text)
+            yield text[start:end], not safe, val
             start = end
-    if not ends:
-        raise UserError('there is no document: check the path, and the names of the files')
 
 
-def encode_row(row, encode, detokeniser, meta):
-    """-> does it end a document?, does it validate?, its bytes, its tokens."""
-    text, ends, val = row
-    text = detokenise(text, detokeniser)
-    eos = [meta['eos_id']] if ends and meta['rule'] == 'packed' else []
-    size = len(text.encode()) + (ends and meta['rule'] != 'joined')     # a document's end is a byte
-    return ends, val, size, np.array(encode(text) + eos, meta['dtype'])
-
-
-def in_threads(function, rows, workers):
+def in_threads(function, rows):
     """Yield function(row) of each row, in order; few rows are in memory. Threads suffice, as the
     tokenizers release the interpreter's lock."""
     many = lambda some: [function(row) for row in some]
     waiting = deque()
-    with ThreadPoolExecutor(workers or 1) as pool:
+    with ThreadPoolExecutor() as pool:
         while some := list(islice(rows, ROWS)):
             waiting.append(pool.submit(many, some))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > AHEAD:
                 yield from waiting.popleft().result()
         for future in waiting:
             yield from future.result()
 
 
+def token_sizes(decode, meta):
+    """How many bytes of text each token stands for, eos for one; a part of a character for one."""
+    sizes = np.array([len(decode([i]).replace('\ufffd', '?').encode())
+                      for i in range(meta['vocab_size'])])
+    sizes[meta['eos_id']] = 1
+    return sizes
+
+
 def write_tokens(folder, rows, sizes, max_tokens, meta):
-    """Write the token files of both splits, and their counts into meta. sizes: bytes of each token.
+    """Write the token files of both splits, and their counts into meta. sizes: of token_sizes.
     The document that reaches max_tokens is the last one, and a long one may be cut."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
@@ -445,7 +416,7 @@ def write_tokens(folder, rows, sizes, max_tokens, meta):
     for part, file, begin, (tokens, size, known) in zip(PARTS, files, starts, counts.tolist()):
         file.close()
         documents = len(begin) - 1
-        if tokens <= documents and meta['rule'] != 'joined':
+        if tokens <= documents and (part == 'val' or meta['rule'] != 'joined'):
             raise UserError('too little text to train and to validate on: prepare more')
         meta.update({f'{part}_tokens': tokens, f'{part}_bytes': size,
                      f'{part}_documents': documents})
@@ -455,111 +426,68 @@ def write_tokens(folder, rows, sizes, max_tokens, meta):
             (folder / f'{part}.idx').write_bytes(begin)
 
 
-def choose_target(name, data_dir):
-    """The folder of the new set; UserError where it may not be replaced."""
-    if not re.fullmatch(r'[^./*][^/*]*', name):
-        raise UserError(f'{name!r} will not do as the name of a data set: choose another --name')
-    target = Path(data_dir, name)
-    foreign = set(os.listdir(target)) - FILES if target.exists() else []
-    if foreign:
-        raise UserError(f'{target} holds {min(foreign)}, which is no part of a data set: choose '
-                        'another --name')
-    return target
-
-
-def settle(target, older):
-    """Wherever the renames were stopped: the older set goes back, or goes if the new is there."""
-    if older.exists() and not target.exists():
-        older.rename(target)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-@contextmanager
-def replacing(target):
-    """An empty folder, for this process alone, that takes the target's place at the end. Until then
-    the older target stays, whatever goes wrong; the next start puts in order what a kill left."""
-    scratch, older = (target.with_name(f'.{target.name}.{end}') for end in ('unfinished', 'old'))
-    new = scratch / 'new'
-    scratch.mkdir(parents=True, exist_ok=True)
-    with open(scratch / 'lock', 'w') as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another prepare.py is at work in {scratch}: wait, or choose another '
-                            '--name')
-        except OSError:
-            pass                                    # of a file system that has no locks
-        try:
-            settle(target, older)
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            yield new
-            os.sync()                               # a machine may die, too
-            if target.exists():
-                target.rename(older)
-            new.rename(target)
-        finally:
-            settle(target, older)
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key, revision,
-            max_docs, max_tokens, workers):
-    """Write the data set and return its meta. An older one of that name stays until the new one is
-    in its place, whatever goes wrong."""
+def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key, max_docs,
+            max_tokens):
+    """Write the data set and return its meta. It appears as a whole or not at all, and never takes
+    the place of something else."""
     # 1. WHERE the documents come from, and the rules
     source = paths[0]
-    row = SETS.get(source, ['', '', 'some', text_key, 'bpe', 'packed', '-', 10**12, 0])
-    _, _, val_files, _, usual, rule, detokeniser, _, _ = row
-    if val_files == 'last' and max_tokens:
-        raise UserError(f'the last documents of {source} validate: limit it by --max_docs')
+    row = SETS.get(source, ['', '', 'some', text_key, 'bpe', 'packed', '-', 0, 0])
     if source.startswith('hf:'):
         row[:2] = re.fullmatch('hf:([^/]*/?[^/]*)/?(.*)', source).groups()
-    if row[0]:
-        documents = lambda: read_hub(row, revision, val_fraction, max_docs)
-    else:
-        files = stdlib_files() if paths == ['stdlib'] else find_files(paths)
-        documents = lambda: islice(split_files(files, val_fraction, text_key), max_docs or None)
-    name = name or re.sub(r'(\.jsonl)?\.\w+$', '', Path(source).name)
+    repo, _, val, _, usual, rule, detokeniser, _, _ = row
+    if val == 'last' and max_tokens:
+        raise UserError(f'the last documents of {source} validate: limit it by --max_docs')
+    files = {}
+    if not repo:
+        files = find_files(stdlib_files() if paths == ['stdlib'] else paths, text_key)
+    documents = lambda: read_documents(row, files, val_fraction, max_docs)
+    name = name or Path(source).resolve().name.split('.')[0]
+    target = Path(data_dir, name)
+    if target.exists():
+        raise UserError(f'{target} is there already: remove it, or choose another --name')
+    target.parent.mkdir(parents=True, exist_ok=True)
 
     # 2. TOKENS
-    with replacing(choose_target(name, data_dir)) as new:
-        training = lambda: (text for val, text in documents() if not val)
+    with TemporaryDirectory(prefix='.unfinished-', dir=target.parent) as scratch:
+        new = Path(scratch, 'new')
+        new.mkdir()
+        training = (text for val, text in documents() if not val)
         meta = make_tokenizer(tokenizer or usual, vocab_size, training, new / 'tokenizer.json',
                               rule)
         meta.update(name=name, source=source, rule=rule)
-        encode, _, size = load_tokenizer(meta, new)
-        work = partial(encode_row, encode=encode, detokeniser=detokeniser, meta=meta)
-        # rules and tokenizers of others may look across any place
-        by_pieces = detokeniser == '-' and meta['tokenizer'] != 'json'
-        length = min(PIECE, max_tokens or PIECE) if by_pieces else sys.maxsize
-        rows = in_threads(work, pieces(documents(), length), workers)
-        sizes = np.array([size(i) for i in range(meta['vocab_size'])])
-        sizes[meta['eos_id']] = 1
-        write_tokens(new, rows, sizes, max_tokens, meta)
+        encode, decode = load_tokenizer(meta, new)
+
+        def encode_row(row):
+            """-> does it end a document?, does it validate?, its bytes, its tokens."""
+            text, ends, val = row
+            text = detokenise(text, detokeniser)
+            eos = [meta['eos_id']] if ends and rule == 'packed' else []
+            size = len(text.encode()) + (ends and rule != 'joined')  # a document's end is a byte
+            return ends, val, size, np.array(encode(text) + eos, meta['dtype'])
+
+        length = PIECE if detokeniser == '-' else sys.maxsize       # rules look across any place
+        rows = in_threads(encode_row, pieces(documents(), length))
+        write_tokens(new, rows, token_sizes(decode, meta), max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
+        os.sync()                                                   # a machine may die, too
+        new.rename(target)
     return meta
 
 
 def main():
-    paths, options = [], []
-    args = iter(sys.argv[1:] or ['--help'])
-    for arg in args:
-        if arg.startswith('--') and '=' not in arg:
-            arg = '='.join([arg, *islice(args, 1)])             # --name value
-        (options if arg.startswith('-') else paths).append(arg)
-    settings = configure(globals(), CHECKS, options)
-    try:
-        ''.join(sys.argv).encode()
-    except UnicodeEncodeError:
-        raise UserError('a name that is not UTF-8 text cannot be used: rename the file')
+    paths = []
+    settings = configure(globals(), CHECKS, sys.argv[1:] or ['--help'], paths)
     # `datasets` would import torch, ask the network of a local file, warn of forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
-    for sources in [[name] for name in ZEROSHOT] if paths == ['zeroshot'] else [paths]:
+    sets = [paths]
+    if paths == ['zeroshot']:
+        sets = [[name] for name in ZEROSHOT if not Path(settings['data_dir'], name).exists()]
+    for sources in sets:
         meta = prepare(sources, **settings)
-        print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '
-              f'on, {meta["val_tokens"]:,} to validate; {meta["tokenizer"]}, vocabulary '
-              f'{meta["vocab_size"]:,}')
+        folder = os.path.join(settings['data_dir'], meta['name'])
+        print(f'{folder!r}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} '
+              f'to validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}')
 
 
 if __name__ == '__main__':

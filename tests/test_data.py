@@ -18,8 +18,7 @@ import torch
 import prepare
 from configurator import UserError
 from data import (Tokenizer, check_tokens, epoch_rows, fingerprint, get_rows, load_data,
-                  likelihood_figures, load_tokenizer, num_rows, same_tokenizer,
-                  tokenizer_difference)
+                  likelihood_figures, load_tokenizer, num_rows, tokenizer_difference)
 from helpers import ROOT
 
 BPE_FILE = '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'  # tiktoken's name for GPT-2's vocab.bpe
@@ -190,10 +189,9 @@ def test_one_file_is_cut_where_a_paragraph_begins(home):
     assert 0.05 <= len(val) / len(text) < 0.075
 
 
-def test_one_file_without_paragraphs_or_lines(tmp_path):
+def test_one_file_without_paragraphs_or_lines():
     def split(text, val_fraction):
-        (tmp_path / 'a').write_text(text)
-        (_, val), (_, train) = prepare.end_validates(tmp_path / 'a', val_fraction)
+        (_, val), (_, train) = prepare.end_validates(text, val_fraction)
         return [train, val]
     assert split('line\n' * 100, 0.1) == ['line\n' * 90, 'line\n' * 10]
     assert split('字' * 100, 0.25) == ['字' * 75, '字' * 25]
@@ -225,7 +223,9 @@ def held_out(folder, names, val_fraction):
     """The names of the texts that validate; each text is its name."""
     for name in names:
         (folder / name).write_text(name)
-    split = prepare.split_files({name: str(folder / name) for name in names}, val_fraction, 'text')
+    row = ['', '', 'some', 'text', 'bpe', 'packed', '-', 0, 0]
+    split = prepare.read_documents(row, {name: str(folder / name) for name in names}, val_fraction,
+                                   0)
     return {text for val, text in split if val}
 
 
@@ -260,7 +260,7 @@ def test_a_tokenizer(home, monkeypatch, name):
         monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
     else:
         meta = load_data(folder)[0]
-    encode, decode, size = load_tokenizer(meta, folder)
+    encode, decode = load_tokenizer(meta, folder)
     # 1. THERE AND BACK
     for text in (HARD, play(500), '', '\n', 'é' * 3000):
         ids = encode(text)
@@ -301,8 +301,8 @@ def test_bpe_size_is_kept(notes):
     (notes / 'play.txt').write_text(play(5000))
     ok('play.txt', '--vocab_size', 300, cwd=notes)
     assert load_data(notes / 'data/play')[0]['vocab_size'] == 300
-    ok('play.txt', '--vocab_size', 257, cwd=notes)  # bytes and eos: no merge at all
-    meta, data = load_data(notes / 'data/play')
+    ok('play.txt', '--vocab_size', 257, '--name', 'bare', cwd=notes)  # bytes and eos: no merge at all
+    meta, data = load_data(notes / 'data/bare')
     assert meta['vocab_size'] == 257 and meta['train_bytes'] == meta['train_tokens']
     ok('notes', cwd=notes)  # so little text has no 512 tokens in it
     assert 257 < load_data(notes / 'data/notes')[0]['vocab_size'] < 512
@@ -364,17 +364,16 @@ def test_golden_rows_from_text(tmp_path):
     assert rows == [b'\0the quick\0brow\0', b'\0n fox jumps ov\0']  # no er\0
 
 
-def test_same_tokenizer():
+def test_tokenizer_difference():
     meta = dict(tokenizer='bpe', tokenizer_sha256='a', vocab_size=300, bos_id=0, eos_id=0)
-    assert same_tokenizer(meta, dict(meta))
-    assert same_tokenizer(meta, meta | dict(tokenizer_sha256=None, eos_id=7))  # of the authors
-    assert same_tokenizer(meta, meta | dict(tokenizer='json'))
-    for change, words in ((dict(tokenizer_sha256='b'), 'tokenizer_sha256 a and b'),
+    for change, words in ((dict(), ''),
+                          (dict(tokenizer_sha256=None, eos_id=7), ''),      # of the authors
+                          (dict(tokenizer='json'), ''),
+                          (dict(tokenizer_sha256='b'), 'tokenizer_sha256 a and b'),
                           (dict(vocab_size=301), 'vocab_size 300 and 301'),
                           (dict(bos_id=1, eos_id=2), 'bos_id 0 and 1, eos_id 0 and 2'),
                           (dict(tokenizer='gpt2', tokenizer_sha256=None, vocab_size=50257),
                            'vocab_size 300 and 50257, tokenizer bpe and gpt2')):
-        assert not same_tokenizer(meta, meta | change)
         assert tokenizer_difference(meta, meta | change) == words
 
 
@@ -384,7 +383,7 @@ def test_the_tokenizer_of_a_model_for_another_text(home, notes):
         source = home / 'data' / name / 'tokenizer.json' if name == 'play' else 'bytes'
         ok('notes', '--tokenizer', source, '--name', name, cwd=notes)
         ours, theirs = (load_data(folder / 'data' / name)[0] for folder in (home, notes))
-        assert same_tokenizer(ours, theirs) and tokenizer_difference(ours, theirs) == ''
+        assert tokenizer_difference(ours, theirs) == ''
         for key in ('tokenizer', 'tokenizer_sha256', 'vocab_size', 'bos_id', 'eos_id', 'pad_id'):
             assert ours[key] == theirs[key]
     encode = load_tokenizer(ours | load_data(home / 'data/play')[0], home / 'data/play').encode
@@ -441,24 +440,21 @@ def test_bits_per_byte_are_of_the_rows_that_are_scored(tmp_path, monkeypatch, na
         assert math.isclose(bits_per_byte(rows, 'ar'), len(rows) * (T - 1) / size, rel_tol=1e-6)
     if name != 'bytes':  # or which rows they are would not matter
         assert bits_per_byte([last], 'duo') > 1.3 * bits_per_byte([0], 'duo')
-    # a set of an older version has the average of its split
-    (tmp_path / 'data/a/train.bytes').unlink()
-    _, data = load_data(tmp_path / 'data/a')
-    average = meta['train_bytes'] / meta['train_tokens']
-    assert math.isclose(bits_per_byte([0], 'duo'), T / (T - 2) / average, rel_tol=1e-6)
-
 
 @pytest.mark.parametrize('name', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
 def test_bytes_of_every_token(tmp_path, monkeypatch, name):
-    """They add up to the text, of any letters, with no correction: they are whole numbers."""
+    """They add up to the text, of any letters, and are whole numbers where it is ASCII."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
-    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': HARD + str(i)}) + '\n'
-                                              for i in range(60)))
-    ok('a.jsonl', '--tokenizer', name, cwd=tmp_path)
-    meta, data = load_data(tmp_path / 'data/a')
-    for split, (tokens, _, sizes) in data.items():
-        assert sizes.shape == (meta['vocab_size'],) and np.array_equal(sizes, sizes.round())
-        assert sizes[tokens].sum() == meta[f'{split}_bytes'] and sizes[meta['eos_id']] == 1
+    for text, exact in (('Plain text,\n\n of 7 words\t', True), (HARD, False)):
+        (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text + str(i)}) + '\n'
+                                                  for i in range(60)))
+        ok('a.jsonl', '--tokenizer', name, '--name', exact, cwd=tmp_path)
+        meta, data = load_data(tmp_path / 'data' / str(exact))
+        for split, (tokens, _, sizes) in data.items():
+            assert sizes.shape == (meta['vocab_size'],)
+            assert math.isclose(sizes[tokens].sum(), meta[f'{split}_bytes'], rel_tol=1e-9)
+            if exact or name == 'bytes':
+                assert np.array_equal(sizes, sizes.round()) and sizes[meta['eos_id']] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,36 +464,33 @@ def test_bad_input(notes):
     ok('notes', '--tokenizer', 'bytes', cwd=notes)
     before = everything(notes / 'data')
     (notes / 'empty.txt').touch()
-    (notes / 'binary.txt').write_bytes(b'text\0text')
     (notes / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
     (notes / 'dot.txt').write_text('.')
     (notes / 'none').mkdir()
     (notes / 'owt').mkdir()
     for says, *args in [
-        ("'missing.txt' is not there", 'missing.txt'),
-        ("'missing.txt' is not there", 'notes', 'missing.txt'),
-        ("'*.txt' is not there", '*.txt'),
+        ("'missing.txt' is no regular file", 'missing.txt'),
+        ("'missing.txt' is no regular file", 'notes', 'missing.txt'),
+        ("'*.txt' is no regular file", '*.txt'),
         ('no text in empty.txt', 'empty.txt'),
-        ('binary.txt is not text: it holds a NUL', 'binary.txt'),
-        ('latin.txt is not UTF-8 text (byte 2)', 'latin.txt'),
+        ('latin.txt: no UTF-8 text', 'latin.txt'),
         ('too little text', 'dot.txt'),
-        ('no text in none', 'none'),
-        ("'../up' will not do", 'notes', '--name', '../up'),
-        ("'.up' will not do", 'notes', '--name', '.up'),
+        ("'none' is no regular file, nor a folder with", 'none'),
+        ('notes is there already: remove it, or', 'notes'),
+        ('notes is there already', 'notes', '--name', '../notes'),
         ('--vocab_size=-1: must be at least 0', 'notes', '--vocab_size', -1),
         ('--val_fraction=0.0: must be between 0 and 1', 'notes', '--val_fraction', 0),
         ('--val_fraction=1.0: must be between', 'notes', '--val_fraction', 1),
         ('--val_fraction', 'notes', '--val_fraction=nan'),
         ('--val_fraction', 'notes', '--val_fraction', 'half'),
-        ('--tokenizer', 'notes', '--tokenizer', 'words'),
+        ('--tokenizer', 'notes', '--tokenizer', 'words', '--name', 'x'),
         ('--max_docs=-1: must be', 'notes', '--max_docs=-1'),
         ('--split is not a setting', 'notes', '--split', 'x'),
         ('--name needs a value', 'notes', '--name'),
         ('dot.txt', 'notes', '--data_dir', 'dot.txt'),
     ]:
         fails(says, *args, cwd=notes)
-    command_fails('--workers=-1: must be', 'notes', '--workers', -1, cwd=notes)
-    command_fails("'missing.txt' is not there", 'missing.txt', cwd=notes)
+    command_fails("'missing.txt' is no regular file", 'missing.txt', cwd=notes)
     assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
 
 
@@ -515,15 +508,16 @@ def test_a_pipe_is_refused_not_waited_for(tmp_path):
 
 
 def test_arguments_that_are_not_utf_8(notes):
-    (notes / 'text.txt').write_text('some text')
+    """No name is too strange for a data set; what cannot be printed is escaped."""
+    (notes / 'text.txt').write_text('some text ' * 9)
     os.rename(notes / 'text.txt', os.fsencode(notes) + b'/\xff.txt')
-    for args in ([b'\xff.txt'], [b'notes', b'--data_dir=\xff'], [b'notes', b'--name', b'\xff']):
-        done = subprocess.run([sys.executable, ROOT / 'prepare.py', *args], cwd=notes,
-                                             capture_output=True)
-        assert done.returncode == 1 and not done.stdout
-        one_line(done.stderr.decode(), 'not UTF-8')
+    for args in ([b'\xff.txt'], [b'notes', b'--data_dir=\xff'], [b'notes', b'--name', b'\xfe']):
+        done = subprocess.run([sys.executable, ROOT / 'prepare.py', *args, '--tokenizer=bytes'],
+                              cwd=notes, capture_output=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
     ok('notes', '--tokenizer', 'bytes', '--name', 'umläut-\u202f字', cwd=notes)
-    assert load_data(notes / 'data/umläut-\u202f字')
+    for name in ('data/umläut-\u202f字', 'data/\udcff', 'data/\udcfe', '\udcff/notes'):
+        assert load_data(notes / name)
 
 
 def test_a_text_is_never_run_as_settings(notes):
@@ -538,38 +532,33 @@ def test_help_lists_the_settings_and_the_sets(tmp_path):
     assert '--val_fraction=0.05 ' in said and said == command('--help', cwd=tmp_path).stdout
 
 
-def test_a_folder_that_is_not_ours_is_not_replaced(notes):
+def test_nothing_is_replaced(notes):
     os.rename(notes / 'notes', notes / 'data')  # data/ holds the user's texts, and would-be targets
-    fails('deep holds c.txt', 'data/deep', cwd=notes)
-    fails('deep holds c.txt', 'data/a.txt', 'data/b.md', '--name', 'deep', cwd=notes)
+    fails('deep is there already', 'data/deep', cwd=notes)
+    fails('deep is there already', 'data/a.txt', 'data/b.md', '--name', 'deep', cwd=notes)
     assert (notes / 'data/deep/c.txt').exists()
 
 
-def test_a_new_set_replaces_the_old_one_whole(notes):
-    ok('notes', cwd=notes)
-    assert (notes / 'data/notes/tokenizer.json').exists()
-    ok('notes', '--tokenizer', 'bytes', cwd=notes)
-    assert load_data(notes / 'data/notes')[0]['tokenizer'] == 'bytes'
-    assert not (notes / 'data/notes/tokenizer.json').exists()
-    assert os.listdir(notes / 'data') == ['notes']
+def test_a_folder_is_named_by_its_name(notes):
+    ok('.', '--tokenizer', 'bytes', cwd=notes / 'notes')
+    assert load_data(notes / 'notes/data/notes')
 
 
 @pytest.mark.parametrize('problem', [KeyboardInterrupt(), OSError(28, 'No space left on device')])
-def test_what_goes_wrong_while_tokenising_keeps_the_old_set(notes, monkeypatch, problem):
+def test_what_goes_wrong_while_tokenising_leaves_nothing(notes, monkeypatch, problem):
     ok('notes', '--tokenizer', 'bytes', cwd=notes)
-    before, seen = everything(notes / 'data'), []
+    before = everything(notes / 'data')
 
     def encode(text):
-        if len(seen) == 2:
+        if text == 'fourth':
             raise problem
-        seen.append(text)
         return list(text.encode())
 
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: Tokenizer(encode, None, lambda i: 1))
+    decode = lambda ids: 'x'
+    monkeypatch.setattr(prepare, 'load_tokenizer', lambda *_: Tokenizer(encode, decode))
     with pytest.raises(type(problem)):
-        ok('notes', '--tokenizer', 'bytes', '--workers', 0, cwd=notes)
-    assert len(seen) == 2 and everything(notes / 'data') == before
-    assert os.listdir(notes / 'data') == ['notes']
+        ok('notes', '--tokenizer', 'bytes', '--name', 'other', cwd=notes)
+    assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
 
 
 def killed_at(call, notes):
@@ -594,56 +583,21 @@ def killed_at(call, notes):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
-def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new(notes):
-    """What a reader finds right after it is the old set, the new one, or none, and then a line that
-    tells how to make it; the next start brings back the old set or has the new one, whole, even if
-    that run fails itself."""
+def test_a_kill_at_any_moment_leaves_the_whole_set_or_none(notes):
     data = notes / 'data'
-    ok('notes', '--tokenizer', 'bytes', '--val_fraction', 0.9, cwd=notes)
-    old = everything(data)
     ok('notes', '--tokenizer', 'bytes', '--data_dir', 'other', cwd=notes)
-    new = everything(notes / 'other')
-    assert old['notes/train.bin'] != new['notes/train.bin']
-    call, found, missing = 0, [], 0
-    while not found or found[-1] != 'none':
+    new = everything(notes / 'other/notes')
+    call, found = 0, []
+    died = True
+    while died:
         call += 1
-        shutil.rmtree(data)
-        ok('notes', '--tokenizer', 'bytes', '--val_fraction', 0.9, cwd=notes)
         died = killed_at(call, notes)
-        if (data / 'notes').exists():
-            assert everything(data / 'notes').keys() == {f.removeprefix('notes/') for f in old}
-            load_data(data / 'notes')
-        else:
-            missing += 1
-            stops('python prepare.py notes', load_data, data / 'notes')
-        if call % 2:
-            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
-        else:
-            shutil.copytree(data, notes / f'copy{call}')
+        found.append((data / 'notes').exists())
+        if not found[-1]:
             ok('notes', '--tokenizer', 'bytes', cwd=notes)
-            assert everything(data) == new
-            shutil.rmtree(data)
-            os.rename(notes / f'copy{call}', data)
-            fails('--tokenizer', 'notes', '--tokenizer', 'none', cwd=notes)
-        assert everything(data) in (old, new) and os.listdir(data) == ['notes']
-        found.append('none' if not died else 'old' if everything(data) == old else 'new')
-    assert missing == 1 and found.count('old') > 3 and found.count('new') > 3
-    assert found == sorted(found, key=['old', 'new', 'none'].index)
-
-
-def test_a_rename_that_fails_brings_the_old_set_back(notes, monkeypatch):
-    ok('notes', '--tokenizer', 'bytes', cwd=notes)
-    before, rename = everything(notes / 'data'), Path.rename
-
-    def stopped(path, target):
-        if path.name == 'new':
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, 'rename', stopped)
-    with pytest.raises(KeyboardInterrupt):
-        ok('notes', '--tokenizer', 'bytes', cwd=notes)
-    assert everything(notes / 'data') == before and os.listdir(notes / 'data') == ['notes']
+        assert everything(data / 'notes') == new
+        shutil.rmtree(data)
+    assert found == sorted(found) and found.count(False) > 3 and found.count(True) > 1
 
 
 def test_broken_data_sets(home, tmp_path):
@@ -668,7 +622,7 @@ def test_broken_data_sets(home, tmp_path):
     broken("KeyError: 'eos_id'", **{'meta.json': wrong().replace(b'eos_id', b'eos')})
     broken('bytes has not 300 tokens', **{'meta.json': wrong(vocab_size=300)})
     broken('bos_id,', **{'meta.json': wrong(bos_id=256)})
-    broken('train_bytes cannot', **{'meta.json': wrong(train_bytes=0)})
+    broken('mmap', **{'train.bytes': good['train.bytes'][:-1]})
     broken('argument', **{'meta.json': b'7'})
     n = meta['train_tokens']
     broken(f'{n - 1} tokens, not {n}', **{'train.bin': good['train.bin'][:-2]})
