@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers import TINY, good, one_line, run
+from helpers import TINY, good, one_line, run, run_here
 from plot import columns
 
 
@@ -18,15 +18,14 @@ def runs(work, tmp_path_factory):
     """A copy of work, since other tests count what eval.py leaves in it."""
     folder = tmp_path_factory.mktemp('runs') / 'work'
     shutil.copytree(work, folder)
-    good(run(folder, 'train.py', *TINY, '--objective=ar', '--out_dir=judge'))
+    good(run_here(folder, 'train.py', *TINY, '--objective=ar', '--out_dir=judge', '--num_samples=0'))
     sampling = '--gen_ppl=judge --steps=1,4 --temperature=0.8,1 --num_samples=2'
-    good(run(folder, 'eval.py', *sampling.split()))
+    good(run_here(folder, 'eval.py', *sampling.split()))
     return folder
 
 
 def test_training_draws_its_curve(runs):
     assert is_picture(runs / 'out' / 'curve.png')
-    assert is_picture(runs / 'judge' / 'curve.png')
 
 
 @pytest.mark.parametrize('args, path', [
