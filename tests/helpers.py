@@ -15,8 +15,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-import train
-
 ROOT = Path(__file__).parent.parent
 TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --n_embd=32 '
         '--cond_dim=16 --dropout=0.1 --max_iters=12 --curriculum_frac=0.5 --eval_interval=4 '
@@ -34,6 +32,7 @@ def run_here(folder, script, *args):
     (see project_with) in more than the script itself, it would run the modules of this one. A run
     of train.py draws no picture at its end: that would be half of the time. Settings of train.py
     that bench.py changes are put back."""
+    import train                                         # not there yet where soak.py begins
     said, code, message = io.StringIO(), 0, ''
     start = subprocess.run
     start_others = lambda command, **more: (

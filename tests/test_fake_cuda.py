@@ -69,7 +69,8 @@ def test_steps_of_train_py_do_not_wait_for_the_device(work, monkeypatch, capabil
         'SLOW_TESTS' not in os.environ, reason='more of the same: set SLOW_TESTS=1'))])
 def test_recipes_fit_in_their_gpus(tmp_path, args, gigabytes):
     """At their full sizes, in eager mode; both phases."""
-    said = good((run if 'h100' in args[1] else run_here)(tmp_path, 'bench.py', *args, '--gpus=8', '--gradient_accumulation_steps=8'))
+    start = run if '--gpu=h100' in args else run_here
+    said = good(start(tmp_path, 'bench.py', *args, '--gpus=8', '--gradient_accumulation_steps=8'))
     dtype = 'float16' if '--gpu=t4' in args else 'bfloat16'
     for part in ('simulated, not measured', f'cuda {dtype}', '1 micro-batches a step',
                  '\ncurriculum ', '\ndiscrete ', 'tokens/s', 'hours'):

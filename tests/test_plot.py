@@ -45,14 +45,14 @@ def test_every_picture(runs, args, path):
     ('--gen judge', ['gen.jsonl', 'eval.py']),
     ('', ['runs'])])
 def test_what_cannot_be_drawn_is_one_line(runs, args, parts):
-    one_line(run(runs, 'plot.py', *args.split()), *parts)
+    one_line((run_here if args else run)(runs, 'plot.py', *args.split()), *parts)
 
 
 def test_a_broken_log_is_one_line(tmp_path):
     (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
-    one_line(run(tmp_path, 'plot.py', '.'), 'no validation')
+    one_line(run_here(tmp_path, 'plot.py', '.'), 'no validation')
     (tmp_path / 'log.jsonl').write_text('{"step": 1, "lo')
-    one_line(run(tmp_path, 'plot.py', '.'), 'no validation')
+    one_line(run_here(tmp_path, 'plot.py', '.'), 'no validation')
 
 
 def test_a_run_with_steps_that_had_no_loss_is_drawn(runs, tmp_path):
@@ -64,7 +64,7 @@ def test_a_run_with_steps_that_had_no_loss_is_drawn(runs, tmp_path):
     ]
     foreign = ['', 'by hand', '7', '[1]', '{}', '\0}', '{"step": 3, "lo']
     (tmp_path / 'log.jsonl').write_text('\n'.join([*map(json.dumps, records), *foreign]))
-    good(run(tmp_path, 'plot.py', '.'))
+    good(run_here(tmp_path, 'plot.py', '.'))
     assert is_picture(tmp_path / 'curve.png')
 
 
