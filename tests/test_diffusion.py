@@ -646,7 +646,7 @@ def test_evaluate_is_within_its_error_of_the_exact_bound(objective):
 
     def get_rows(numbers):
         return x0.expand(len(numbers), 2)
-    nats = evaluate(model, objective, K, get_rows, 2000, 2000)
+    nats = evaluate(model, objective, K, get_rows, 4000, 4000)
     mean, error = mean_and_error(nats)
     assert abs(mean - exact) < 4 * error and error < 0.1 * exact
 
