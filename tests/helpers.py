@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,14 +29,21 @@ def run(folder, script, *args, launcher=(), env=None):
 
 def run_here(folder, script, *args):
     """Like run, in this process, which saves the imports. Of a project that differs from this one
-    (see project_with) in more than the script itself, it would run the modules of this one."""
+    (see project_with) in more than the script itself, it would run the modules of this one. A run
+    of train.py draws no picture at its end: that would be half of the time. Settings of train.py
+    that bench.py changes are put back."""
+    import train                                         # not there yet where soak.py begins
     said, code, message = io.StringIO(), 0, ''
+    start = subprocess.run
+    start_others = lambda command, **more: (
+        None if str(command[1]).endswith('plot.py') else start(command, **more))
     argv, cwd = sys.argv, os.getcwd()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     sys.argv = [str(script), *map(str, args)]
     os.chdir(folder)
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(said), mock.patch.object(subprocess, 'run', start_others), \
+                mock.patch.dict(vars(train)):
             runpy.run_path(str(ROOT / script), run_name='__main__')
     except SystemExit as end:
         code = 1

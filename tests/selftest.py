@@ -20,6 +20,7 @@ from model import DiT, DiTConfig, update_ema
 from sample import Loaded, denoise, sample_prior
 
 K, B, T = 1000, 16, 64
+N_SAMPLES = 256
 STEPS = 3
 # the settings of train.py that a check changes; the first step is in the curriculum, the last not
 SETTINGS = dict(curriculum_frac=0.5, tau=1e-3, gamma_min=-3.5, gamma_max=-2.25, curriculum_k=5,
@@ -110,11 +111,11 @@ def frequencies(device, dtype, kind, **options):
     loaded = Loaded(make_model(kind, device).eval(), None,
                     dict(objective=kind, data=dict(vocab_size=K, bos_id=0)))
     torch.manual_seed(2)
-    xt = sample_prior(loaded.info, (256, 12), device)
+    xt = sample_prior(loaded.info, (N_SAMPLES, 12), device)
     with pick_dtype(dtype, device)[1]:
         for xt in denoise(loaded, xt, steps=4, **options):
             pass
-    groups = torch.nn.functional.one_hot(xt.cpu() * 8 // K, 8).double().mean(1)      # (256,8)
+    groups = torch.nn.functional.one_hot(xt.cpu() * 8 // K, 8).double().mean(1)      # (n,8)
     return groups.mean(0), groups.std(0) / len(groups) ** 0.5
 
 

@@ -12,7 +12,7 @@ import selftest
 import train
 from configurator import UserError
 from diffusion import nelbo, stratified_times
-from helpers import TINY, good, one_line, run
+from helpers import TINY, good, one_line, run, run_here
 from literal import (literal_distillation, literal_loss, literal_nelbo, literal_reverse,
                      posterior)
 from model import DiT, DiTConfig
@@ -30,7 +30,7 @@ def seeded():
 def test_a_plan_without_data_leaves_nothing(tmp_path, objective):
     more = (f'--objective={objective} --gpus=2 --price_per_hour=3 --max_iters=1000000 '
             '--gradient_accumulation_steps=6').split()
-    said = good(run(tmp_path, 'bench.py', *PLAN, *more))
+    said = good(run_here(tmp_path, 'bench.py', *PLAN, *more))
     assert not list(tmp_path.iterdir())
     # 6 micro-batches of 4 rows of 32 tokens
     for part in ('M parameters', '768 tokens a step', '--gpus=2', '3 micro-batches', 'peak memory',
@@ -43,7 +43,7 @@ def test_a_plan_without_data_leaves_nothing(tmp_path, objective):
 
 def test_a_plan_with_data_knows_its_epochs(work):
     before = sorted(path.name for path in work.iterdir())
-    said = good(run(work, 'bench.py', *PLAN, '--dataset=tiny', '--curriculum_frac=1'))
+    said = good(run_here(work, 'bench.py', *PLAN, '--dataset=tiny', '--curriculum_frac=1'))
     for part in ('vocabulary 256', 'epochs of tiny', 'curriculum'):
         assert part in said
     for part in ('price', '\ndiscrete'):
@@ -56,7 +56,7 @@ def test_a_plan_with_data_knows_its_epochs(work):
 def test_a_plan_of_a_recipe_with_a_smaller_network(tmp_path, recipe, vocab_size):
     more = ('--n_layer=1 --n_head=2 --n_embd=8 --cond_dim=8 --block_size=16 --batch_size=1 '
             '--gradient_accumulation_steps=512 --gpus=8 --compile=False --device=cpu --repeats=1')
-    said = good(run(tmp_path, 'bench.py', '--plan', f'config/{recipe}.py', *more.split()))
+    said = good(run_here(tmp_path, 'bench.py', '--plan', f'config/{recipe}.py', *more.split()))
     for part in (f'vocabulary {vocab_size}', '64 micro-batches', '8,192 tokens a step'):
         assert part in said
 
@@ -68,12 +68,12 @@ def test_a_plan_of_a_recipe_with_a_smaller_network(tmp_path, recipe, vocab_size)
     ('--batch_size=0', ['batch_size', '1 to a million']),
     ('--price_per_hour=-1', ['price_per_hour', 'at least 0'])])
 def test_a_plan_refuses_in_one_line(tmp_path, args, parts):
-    one_line(run(tmp_path, 'bench.py', *PLAN, *args.split()), *parts)
+    one_line(run_here(tmp_path, 'bench.py', *PLAN, *args.split()), *parts)
 
 
 def test_a_vocabulary_can_be_named(tmp_path):
     more = '--dataset=none --vocab_size=99 --curriculum_frac=0'.split()
-    said = good(run(tmp_path, 'bench.py', *PLAN, *more))
+    said = good(run_here(tmp_path, 'bench.py', *PLAN, *more))
     assert 'vocabulary 99 (--vocab_size)' in said
     assert 'curriculum' not in said
 
@@ -89,8 +89,14 @@ def test_the_table_of_literal_and_ours(tmp_path):
 VERDICT = (f'torch {torch.__version__}, Python ', ', commit ')
 
 
-def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path):
-    said = good(run(tmp_path, 'bench.py', '--selftest', '--device=cpu', '--dtype=bfloat16'))
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in dict(B=4, T=32, N_SAMPLES=64).items():
+        monkeypatch.setattr(selftest, name, value)
+
+
+def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path, small):
+    said = good(run_here(tmp_path, 'bench.py', '--selftest', '--device=cpu', '--dtype=bfloat16'))
     *lines, verdict = said.strip().splitlines()
     assert len(lines) == 11 and all(' ok: ' in line for line in lines)
     assert all(part in verdict for part in ('all 11 checks passed', 'cpu (', 'bfloat16', *VERDICT))
@@ -98,7 +104,7 @@ def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path):
 
 
 @pytest.mark.parametrize('broken', ['loss', 'samples', 'noise', 'error'])
-def test_the_selftest_fails_where_the_device_differs(monkeypatch, capsys, broken):
+def test_the_selftest_fails_where_the_device_differs(monkeypatch, capsys, small, broken):
     """Here: where autocast is on, as it is not in float32 on the CPU."""
     def in_autocast(change):
         return lambda x: change(x) if torch.is_autocast_enabled('cpu') else x

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -18,7 +19,7 @@ from checkpoint import (STATE, has_state, load_model, load_optimizer, load_state
                         open_log, save, step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
-from helpers import equal, good, log, one_line, run
+from helpers import equal, good, log, one_line, run, run_here
 from model import DiT, DiTConfig
 
 DATA = dict(tokenizer='bytes', tokenizer_sha256=None, vocab_size=256, bos_id=0, eos_id=0,
@@ -317,22 +318,25 @@ def test_what_is_not_ours_is_converted_first(tmp_path):
 # -------------------------------------------------------------------------------------------------
 # a run on the hub, and its card
 
-def test_a_run_is_a_repository_of_the_hub(work, tmp_path):
+def test_a_run_is_a_repository_of_the_hub(work, tmp_path, monkeypatch):
     card = (work / 'out' / 'README.md').read_text()
     result = [log(work / 'out', f'val_{x}')[-1] for x in ('loss', 'error')]
     assert card.startswith('---\n') and 'pipeline_tag: text-generation\n' in card.split('---\n')[1]
     assert f'{result[0]:.4f} +- {result[1]:.4f}' in card
     assert '    python train.py ' in card and '22,608 tokens' in card
     env = os.environ | hub_cache(tmp_path, 'me/tiny', work / 'out')
-    said = [good(run(work, 'sample.py', '--steps=2', '--num_samples=1', more, env=env))
-            for more in ('--init_from=hf:me/tiny', '--out_dir=out')]
+    sampling = ['sample.py', '--steps=2', '--num_samples=1']
+    said = [good(run(work, *sampling, '--init_from=hf:me/tiny', env=env)),
+            good(run_here(work, *sampling, '--out_dir=out'))]
     assert said[0].split(': ')[:-1] == said[1].split(': ')[:-1]
-    said = good(run(work, 'eval.py', '--init_from=hf:me/tiny', '--max_rows=4', env=env))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', env['HF_HUB_CACHE'])
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    said = good(run_here(work, 'eval.py', '--init_from=hf:me/tiny', '--max_rows=4'))
     result = json.loads(said.splitlines()[-1])
     assert result['out_dir'] == 'hf:me/tiny' and result['rows'] == 4
-    one_line(run(work, 'sample.py', '--init_from=hf:me/none', env=env), 'hf:me/none', 'cache')
-    one_line(run(work, 'sample.py', '--init_from=hf:me', env=env), 'hf:me')
-    one_line(run(work, 'sample.py', '--init_from=hf:a/b/c', env=env), 'hf:a/b/c')
+    one_line(run_here(work, 'sample.py', '--init_from=hf:me/none'), 'hf:me/none', 'cache')
+    one_line(run_here(work, 'sample.py', '--init_from=hf:me'), 'hf:me')
+    one_line(run_here(work, 'sample.py', '--init_from=hf:a/b/c'), 'hf:a/b/c')
 
 
 def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
 from eval import diversity, hub_judge, our_judge
-from helpers import TINY, good, log, one_line, project_with, run
+from helpers import TINY, good, log, one_line, project_with, run, run_here
 
 
 def last_json(said):
@@ -16,23 +16,24 @@ def last_json(said):
     return json.loads(said.strip().splitlines()[-1], parse_constant=pytest.fail)
 
 
-def evaluated(folder, *args, **how):
-    return last_json(good(run(folder, 'eval.py', *args, **how)))
+def evaluated(folder, *args):
+    return last_json(good(run_here(folder, 'eval.py', *args)))
 
 
 @pytest.fixture(scope='module')
 def baselines(work):
     for objective in ('ar', 'mdlm'):
         more = (f'--objective={objective} --out_dir=out-{objective} --max_iters=40 '
-                '--learning_rate=1e-2 --eval_interval=40').split()
-        good(run(work, 'train.py', *TINY, *more))
+                '--learning_rate=1e-2 --eval_interval=40 --num_samples=0').split()
+        good(run_here(work, 'train.py', *TINY, *more))
     return work
 
 
 @pytest.mark.parametrize('objective, out_dir', [
     ('ar', 'out-ar'), ('mdlm', 'out-mdlm'), ('duo', 'out')])
 def test_likelihood_of_each_objective(baselines, objective, out_dir):
-    said = good(run(baselines, 'eval.py', f'--out_dir={out_dir}', '--draws=2'))
+    start = run if objective == 'duo' else run_here
+    said = good(start(baselines, 'eval.py', f'--out_dir={out_dir}', '--draws=2'))
     r = last_json(said)
     assert r['objective'] == objective
     assert r['rows'] > 8
@@ -49,7 +50,7 @@ def test_likelihood_of_each_objective(baselines, objective, out_dir):
 def test_two_processes_evaluate_as_one(baselines):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     one = evaluated(baselines, '--max_rows=40')
-    two = evaluated(baselines, '--max_rows=40', launcher=torchrun)
+    two = last_json(good(run(baselines, 'eval.py', '--max_rows=40', launcher=torchrun)))
     assert two['nll'] == pytest.approx(one['nll'], rel=1e-6)
     assert two['error'] == pytest.approx(one['error'], rel=1e-6)
 
@@ -73,15 +74,15 @@ def test_a_distilled_model_is_no_language_model(baselines):
     info = json.loads(config.read_text())
     info['settings']['objective'] = 'dcd'
     config.write_text(json.dumps(info))
-    said = good(run(baselines, 'eval.py', '--out_dir=distilled', '--max_rows=8'))
+    said = good(run_here(baselines, 'eval.py', '--out_dir=distilled', '--max_rows=8'))
     assert 'distilled' in said.splitlines()[1]
-    assert 'distilled' not in good(run(baselines, 'eval.py', '--max_rows=8'))
+    assert 'distilled' not in good(run_here(baselines, 'eval.py', '--max_rows=8'))
 
 
 def test_where_figures_cannot_be_written_nothing_is_sampled(baselines):
     shutil.copytree(baselines / 'out', baselines / 'full')
     (baselines / 'full' / 'gen.jsonl').mkdir()
-    done = run(baselines, 'eval.py', '--out_dir=full', '--gen_ppl=out-ar', '--steps=1000000')
+    done = run_here(baselines, 'eval.py', '--out_dir=full', '--gen_ppl=out-ar', '--steps=1000000')
     one_line(done, 'gen.jsonl')
 
 
@@ -89,7 +90,7 @@ def test_the_judge_must_be_sure_of_something(baselines):
     """What the judge makes of the samples is a number, or the evaluation ends in one line."""
     code = 'def our_judge(*_):\n    return lambda rows: [torch.full((2, 3), math.nan)]\n'
     project_with(baselines, code, 'eval.py')
-    done = run(baselines, baselines / 'eval.py', '--gen_ppl=out-ar', '--steps=1', '--num_samples=1')
+    done = run_here(baselines, baselines / 'eval.py', '--gen_ppl=out-ar', '--steps=1', '--num_samples=1')
     one_line(done, 'out-ar', 'nan')
 
 
@@ -160,12 +161,12 @@ def test_a_hub_judge_by_the_published_rules(baselines):
 
 
 def test_sampling_from_the_baselines(baselines):
-    mdlm = good(run(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4', '--prompt=This'))
+    mdlm = good(run_here(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4', '--prompt=This'))
     assert '32 tokens' in mdlm
-    ar = good(run(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This', '--num_samples=1'))
+    ar = good(run_here(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This', '--num_samples=1'))
     assert ar.split('-' * 80 + '\n')[1].strip('\n').startswith('This')
     assert '31 network calls' in ar
-    one_line(run(baselines, 'sample.py', '--out_dir=out-ar', '--suffix=end'), 'suffix')
+    one_line(run_here(baselines, 'sample.py', '--out_dir=out-ar', '--suffix=end'), 'suffix')
 
 
 def test_a_repeated_token_has_no_entropy():
@@ -197,7 +198,7 @@ def test_a_repeated_token_has_no_entropy():
     ('--gen_ppl=out-ar --out_dir=out-ar --sampler=psi', 'psi')])
 def test_eval_refuses_in_one_line(baselines, args, said):
     if not (baselines / 'out-other').exists():
-        good(run(baselines, 'prepare.py', 'tiny.txt', '--name=other', '--vocab_size=300'))
+        good(run_here(baselines, 'prepare.py', 'tiny.txt', '--name=other', '--vocab_size=300'))
         more = '--dataset=other --objective=ar --out_dir=out-other --max_iters=1'.split()
-        good(run(baselines, 'train.py', *TINY, *more))
-    one_line(run(baselines, 'eval.py', *args.split()), said)
+        good(run_here(baselines, 'train.py', *TINY, *more))
+    one_line(run_here(baselines, 'eval.py', *args.split()), said)

@@ -9,8 +9,8 @@ import train
 from helpers import (TINY, checkpoint, equal, good, log, project_with, rewind, run_here, run_ranks,
                      wrapped_loss)
 
-STEPS = 200
-LONG = [*TINY, f'--max_iters={STEPS}', '--eval_interval=50', '--keep_last=99', '--num_samples=0',
+STEPS = 100
+LONG = [*TINY, f'--max_iters={STEPS}', '--eval_interval=25', '--keep_last=99', '--num_samples=0',
         '--dropout=0', '--batch_size=16', '--ema_decay=0.9']
 
 
@@ -21,11 +21,11 @@ def exact(work):
 
 
 def close(folder, exact, tolerance):
-    """The mean loss of the run is float32's within 1%, those of its first hundred steps (the
+    """The mean loss of the run is float32's within 1%, those of its first half (the
     curriculum) and the validations within the tolerance. Only steps that both took count: those
     that are skipped have the largest losses."""
     pairs = [(a, b) for a, b in zip(log(folder), log(exact), strict=True) if a is not None]
-    for some, rel in ((pairs, 0.01), (pairs[:100], tolerance)):
+    for some, rel in ((pairs, 0.01), (pairs[:STEPS // 2], tolerance)):
         half, single = map(sum, zip(*some))
         assert half == pytest.approx(single, rel=rel)
     half, single = log(folder, 'val_loss'), log(exact, 'val_loss')
@@ -41,7 +41,7 @@ def test_a_run_has_the_losses_of_float32(work, exact, dtype, tolerance):
     said = good(run_here(work, 'train.py', *args, f'--out_dir={whole.name}'))
     assert f'cpu {dtype}' in said
     close(whole, exact, tolerance)
-    rewind(whole, parts, 150)
+    rewind(whole, parts, 75)
     good(run_here(work, 'train.py', *args, f'--out_dir={parts.name}', '--init_from=resume'))
     for part in ('weights', 'ema', 'optimizers', 'scaler', 'step', 'counts', 'val_loss'):
         assert equal(checkpoint(whole)[part], checkpoint(parts)[part]), part
