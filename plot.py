@@ -109,8 +109,12 @@ def main():
     draw = compare if args.runs[1:] else draw_curve
     if args.gen:
         draw = draw_gen
-    fig, path = draw(args.runs)
-    fig.savefig(path)
+    try:
+        fig, path = draw(args.runs)
+        fig.savefig(path)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f'{" ".join(args.runs)}: log.jsonl, gen.jsonl or config.json is not as '
+                        f'train.py and eval.py write it ({error!r:.200})')
     print(f'wrote {path}')
 
 

@@ -371,3 +371,6 @@ def test_an_optimisers_state_of_other_shapes_is_refused():
     load_optimizer(optimizer, states[1])
     with pytest.raises(ValueError, match='shapes'):
         load_optimizer(optimizer, states[0])
+    states[1]['state'][0]['step'] -= 9
+    with pytest.raises(ValueError, match='negative'):
+        load_optimizer(optimizer, states[1])

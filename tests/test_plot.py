@@ -55,6 +55,24 @@ def test_a_broken_log_is_one_line(tmp_path):
     one_line(run_here(tmp_path, 'plot.py', '.'), 'no validation')
 
 
+@pytest.mark.parametrize('file, old, new', [
+    ('log.jsonl', '"step": 4', '"step": []'),
+    ('log.jsonl', '"step": 4', '"step": "four"'),
+    ('log.jsonl', '"step": 4', f'"step": 1{400 * "0"}'),
+    ('log.jsonl', '"val_error"', '"error"'),
+    ('config.json', '"curriculum_frac"', '"frac"'),
+    ('config.json', '"objective": "duo"', '"objective": 5, "objective": "duo", "settings": 7'),
+    ('config.json', '{', '[')])
+def test_a_run_with_a_broken_file_is_one_line(runs, tmp_path, file, old, new):
+    shutil.copytree(runs / 'out', tmp_path / 'out')
+    text = (tmp_path / 'out' / file).read_text()
+    assert old in text
+    (tmp_path / 'out' / file).write_text(text.replace(old, new))
+    done = run_here(tmp_path, 'plot.py', 'out')
+    if done.returncode:
+        one_line(done, 'out')
+
+
 def test_a_run_with_steps_that_had_no_loss_is_drawn(runs, tmp_path):
     shutil.copy(runs / 'out' / 'config.json', tmp_path)
     records = [
