@@ -362,25 +362,14 @@ def test_the_metric_is_untouchable(work, tmp_path):
     assert abs(figures['nll'] - mean) < 4 * (figures['error'] + error)
 
 
-MUON = '''
-def build_optimizer(model):
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        in_block = name.startswith('blocks') and 'adaLN' not in name
-        (matrices if in_block and p.ndim == 2 else others).append(p)
-    return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2), fused=True)]
-'''
-
-
 def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
-    """torch.optim.Muon for the blocks' matrices beside AdamW; the loss of step 6 is not finite."""
+    """Muon for the blocks' matrices beside AdamW; the loss of step 6 is not finite."""
     bad_loss = wrapped_loss("loss * (float('nan') if step == 6 else 1)")
-    script = project_with(tmp_path, MUON + bad_loss)
-    args = [*QUICK, '--cooldown_frac=0.5', *EVERY_STEP]
+    script = project_with(tmp_path, bad_loss)
+    args = [*QUICK, '--optimizer=muon', '--muon_lr=0.02', '--cooldown_frac=0.5', *EVERY_STEP]
     said = good(run_here(work, script, *args, '--out_dir=muon'))
     assert '1 steps skipped' in said
-    muon, adamw = checkpoint(work / 'muon')['optimizers']
+    adamw, muon = checkpoint(work / 'muon')['optimizers']
     assert [set(s) for s in muon['state'].values()] == [{'momentum_buffer'}] * 4
     assert all(s['step'] == 11 for s in adamw['state'].values()) and len(adamw['state']) > 8
     for part, rate in ((muon, 0.02), (adamw, 1.5e-3)):
