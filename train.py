@@ -78,7 +78,7 @@ gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the cu
 gamma_max = -2.25
 curriculum_k = 5             # tokens mixed at each position
 dcd_rounds = 5               # distillation: the teacher is renewed at the start of each round
-dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each round doubles it
+dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each doubles it, up to 1
 dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
 # --- optimiser
 optimizer = 'adamw'          # 'muon': Muon for the matrices of the blocks, AdamW for all else
@@ -101,13 +101,11 @@ compile = False              # torch.compile: pays from a few minutes of GPU tim
 backend = 'nccl'             # of torch.distributed; on CPU it is gloo
 
 CHECKS = [
-    ('eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
+    ('max_iters eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
      'gradient_accumulation_steps n_layer n_head n_embd cond_dim',
      lambda v: 1 <= v < 10**8, 'from 1 to 99,999,999'),
-    ('max_iters', lambda v: 0 <= v < 10**8, 'from 0 to 99,999,999'),
-    ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
-    ('warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
-     'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),
+    ('seed warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
+     'max_bad_steps weight_decay num_samples', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
     ('dropout beta1 beta2 ema_decay', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     ('curriculum_frac cooldown_frac', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('tau dcd_delta', lambda v: v > 0, 'above 0'),
@@ -164,7 +162,7 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         x, args = x0[:, :-1], [x0[:, 1:]]
         mask = mask if mask is None else mask[:, 1:]
     elif objective == 'dcd':
-        delta = 2 ** dcd_round(step) * dcd_delta
+        delta = min(1, 2 ** dcd_round(step) * dcd_delta)
         x, zs, sigma, sigma_s = consistency_pair(x0, u, delta, vocab_size)    # (B,T) x 2, (B,1) x 2
         with torch.no_grad():
             args = [teacher.hidden(zs, sigma_s)]                              # (B,T,C)
@@ -177,7 +175,8 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         alpha, dalpha = transform(gamma, vocab_size)
         dalpha = (dalpha * width).float()                                     # d alpha / d u, (B,1)
         alpha = alpha.float()
-        x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, curriculum_k)  # (B,T,k) x 2, (B,T)
+        k = min(curriculum_k, vocab_size)
+        x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, k)           # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
     else:
         alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u, torch.float32)
@@ -246,8 +245,6 @@ def where_to_start():
         start = 'resume' if has_state(out_dir) else start[5:] or 'scratch'
     if objective == 'dcd' and start == 'scratch':
         raise UserError('distillation starts from a trained Duo: --init_from=MODEL, or auto:MODEL')
-    if objective == 'dcd' and 2 ** (dcd_rounds - 1) * dcd_delta > 1:
-        raise UserError(f'--dcd_delta={dcd_delta} exceeds 1 when doubled in {dcd_rounds} rounds')
     if gamma_min >= gamma_max:
         raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}')
     return start
@@ -261,8 +258,6 @@ def open_data(folder, master):
     meta, data = load_data(folder)
     if master:
         check_tokens(data, meta['vocab_size'], folder)
-    if objective == 'duo' and curriculum_k > meta['vocab_size']:
-        raise UserError(f'--curriculum_k={curriculum_k}: there are {meta["vocab_size"]} tokens')
     return meta, data
 
 
@@ -306,7 +301,7 @@ def main():
     state = trained = None
     if start == 'resume':
         state = load_state(out_dir)
-        settings['init_from'] = state['settings'].get('init_from')  # where the run began
+        settings['init_from'] = state['settings']['init_from']  # where the run began
         if settings['init_from'] != 'scratch':
             adopt(state['model'], settings)
     else:
@@ -447,8 +442,8 @@ def main():
 
     def on_signal(number, frame):
         # torchrun sends one again to processes that have had it: there a second means nothing
-        at_once = not doing or (caught[-1] in (signal.SIGTERM, signal.SIGINT)
-                                and not dist.is_initialized())
+        second = caught[-1] not in (0, signal.SIGUSR1)
+        at_once = not doing or second and not dist.is_initialized()
         caught.append(number)
         if master:
             what = 'stopped' if at_once else f'finishing {doing}; a second signal stops'
@@ -514,14 +509,14 @@ def main():
                 raise UserError(
                     f'rank {rank}: no finite loss and gradient in {int(in_a_row)} steps in a row '
                     f'by {step}: {out_dir} keeps the checkpoint before; lower --learning_rate')
-            speed = (step - logged_step) / max(time.monotonic() - ticked, 1e-9)
-            minutes_left = (max_iters - step) / speed / 60
+            per_step = max(time.monotonic() - ticked, 1e-9) / (step - logged_step)      # seconds
+            speed = tokens_per_step / per_step
             line = (f'step {step}: {"KL" if teacher else "loss"} {mean:.4f}, '
-                    f'{speed * tokens_per_step:,.0f} tokens/s, {minutes_left:.1f} min left')
+                    f'{speed:,.0f} tokens/s, {(max_iters - step) * per_step / 60:.1f} min left')
             if skipped:
                 line += f', {int(skipped)} steps skipped'
             log(line, loss=mean, lr=learning_rate * lr_share(step - 1), skipped=int(skipped),
-                tokens_per_s=speed * tokens_per_step)
+                tokens_per_s=speed)
             ticked, logged_step = time.monotonic(), step
             total.zero_()
             good.zero_()

@@ -41,10 +41,11 @@ def evaluate(*args):
     assert checkpoint(work / 'kicked')['val_loss'] == pytest.approx(last, abs=1e-5)
 
 
-def test_a_run_of_no_steps_and_a_log_without_a_checkpoint(work):
+def test_a_log_without_a_checkpoint(work):
     """Killed before the first checkpoint, a run begins anew, and so does its log."""
     (work / 'none').mkdir()
     (work / 'none' / 'log.jsonl').write_text(json.dumps(dict(step=1, loss=9.0)) + '\n')
-    good(run_here(work, 'train.py', *QUICK, '--max_iters=0', '--out_dir=none', '--init_from=auto'))
-    assert log(work / 'none', 'step') == [0]
-    assert checkpoint(work / 'none')['step'] == 0
+    good(run_here(work, 'train.py', *QUICK, '--max_iters=1', '--out_dir=none', '--init_from=auto'))
+    assert log(work / 'none', 'step') == [1, 1]
+    assert 9.0 not in log(work / 'none')
+    assert checkpoint(work / 'none')['step'] == 1
