@@ -16,10 +16,11 @@ import statistics
 import sys
 import time
 
+from configurator import UserError, configure, run
+
 import torch
 
 import train
-from configurator import UserError, configure, run
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
 from diffusion import stratified_times

@@ -143,6 +143,9 @@ def read_torch(path, kinds):
     """torch.load of a dict with entries of these kinds, from a file that is whole."""
     try:
         with zipfile.ZipFile(path) as file:
+            size = sum(entry.file_size for entry in file.infolist())
+            if size > os.path.getsize(path):
+                raise ValueError('it is compressed, which torch.save does not do')
             damaged = file.testzip()  # torch writes checksums, but does not read them
         if damaged:
             raise ValueError(f'{damaged} is damaged')
@@ -198,7 +201,7 @@ def read_config(folder):
     path = Path(f'{folder}/config.json')
     try:
         return json.loads(path.read_text('utf-8')) if path.is_file() else {}
-    except (OSError, ValueError) as error:  # not readable, not UTF-8, not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, not JSON
         raise UserError(f'{path} cannot be read: {error!r:.200}')
 
 
@@ -284,7 +287,7 @@ def open_log(out_dir, step):
         try:
             if json.loads(line)['step'] <= step:
                 kept += f'{line}\n'
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             pass  # torn by a power cut, or no line of a run
     write_text(path, kept)
     return open(path, 'a', buffering=1)
@@ -309,6 +312,8 @@ def check_resume(out_dir, state, settings, config, token_files):
     this very run."""
     old = state['settings']
     changed = changes(old, settings)
+    if state['step'] < 0:
+        raise ValueError('its step is negative')
     if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:
         raise UserError(f'{out_dir} holds another model or another kind of run ({changed}): resume '
                         'it with its own command, or start a new run from it')

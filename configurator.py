@@ -4,7 +4,12 @@ import inspect
 import linecache
 import math
 import os
+import signal
 import sys
+
+# The scripts import this file first: Ctrl-C while they load torch is no traceback.
+if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(__file__):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 TYPES = {bool: 'True or False', int: 'an int', float: 'a finite float', str: 'a str'}
 BOOLS = {'true': True, 'false': False}
@@ -18,12 +23,17 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's main(). A UserError, or a file that cannot be read or written, becomes one
-    line and exit status 1."""
+    """Call a script's main(). A UserError, a file that cannot be read or written, or a lack of
+    memory becomes one line and exit status 1."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if 'memory' not in f'{error!r}'.lower():
+            raise
+        sys.exit(f'not enough memory, try a smaller --batch_size: {error!s:.200}')
     except KeyboardInterrupt:
         sys.exit('stopped')
 

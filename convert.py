@@ -15,11 +15,12 @@ import argparse
 import re
 from pathlib import Path
 
+from configurator import UserError, run
+
 import torch
 
 from checkpoint import (INFO, UNREADABLE, build_model, fetch, has_entries, load_model,
                         read_config, read_torch, read_weights, write_model)
-from configurator import UserError, run
 from model import DiTConfig
 
 # What their config.json calls the fields of DiTConfig.

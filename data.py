@@ -123,7 +123,7 @@ def load_data(folder):
         meta = json.loads((folder / 'meta.json').read_text())
         check_meta(meta)
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): make '
                         f'it with python prepare.py {folder.name}, as the first lines of a config '
                         'file say, or from text of yours (prepare.py --help)') from None

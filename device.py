@@ -39,6 +39,7 @@ def check_memory(config, batch_size, device):
     numbers for each weight, and one for each channel of each layer's output, are the least."""
     c = config
     n_weights = c.n_embd * (12 * c.n_layer * c.n_embd + 2 * c.vocab_size)
+    n_weights += c.cond_dim * (6 * c.n_layer * c.n_embd + c.cond_dim)
     need = 16 * n_weights + 4 * batch_size * c.block_size * c.n_layer * c.n_embd
     if device.startswith('cuda'):
         memory = torch.cuda.get_device_properties(device).total_memory

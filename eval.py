@@ -19,11 +19,12 @@ import sys
 import time
 from itertools import groupby
 
+from configurator import UserError, configure, run
+
 import numpy as np
 import torch
 
 from checkpoint import append_log, load_model, read_config
-from configurator import UserError, configure, run
 from data import get_batch, likelihood_figures, load_data, num_rows, tokenizer_difference
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll

@@ -9,10 +9,10 @@ Pictures of runs:
 import argparse
 import json
 
+from configurator import UserError, run
+
 import matplotlib.pyplot as plt
 import numpy as np
-
-from configurator import UserError, run
 
 STYLE = {
     'backend': 'agg',                    # writes files, needs no display
@@ -30,7 +30,7 @@ def read_records(path, advice):
         for line in open(path, errors='replace'):
             try:
                 records.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 pass
     except OSError as error:
         raise UserError(f'cannot read {path} ({error.strerror}): {advice}')

@@ -28,9 +28,10 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from configurator import UserError, configure, run
+
 import numpy as np
 
-from configurator import UserError, configure, run
 from data import LINE_ENDS, guarded, load_tokenizer
 
 name = ''                     # what to call it; '': as the set, or the first file or folder
@@ -41,7 +42,7 @@ val_fraction = 0.05           # share that validates
 data_dir = 'data'             # where the data sets are
 text_key = 'text'             # where in a record the text is
 max_docs = 0                  # stop after so many documents
-max_tokens = 0                # stop soon after so many training tokens
+max_tokens = 0                # stop at so many training tokens
 CHECKS = [
     ('vocab_size max_docs max_tokens', lambda v: v >= 0, 'at least 0'),
     ('val_fraction', lambda v: 0 < v < 1, 'between 0 and 1'),
@@ -400,12 +401,16 @@ def token_sizes(decode, meta):
 
 def write_tokens(folder, rows, sizes, max_tokens, meta):
     """Write the token files of both splits, and their counts into meta. sizes: of token_sizes.
-    The document that reaches max_tokens is the last one, and a long one may be cut."""
+    The document that reaches max_tokens is cut there."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
     counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
     for ends, val, size, ids in rows:
         part = int(val)
+        if max_tokens and not val:
+            kept = ids[:max_tokens - counts[0, 0]]
+            size = round(size * sizes[kept].sum() / max(1, sizes[ids].sum()))
+            ids = kept
         files[part].write(ids)
         counts[part] += len(ids), size, sizes[ids].sum()
         enough = 0 < max_tokens <= counts[0, 0]

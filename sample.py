@@ -24,12 +24,13 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+from configurator import UserError, check, configure, run
+
 import torch
 
 from checkpoint import load_model
-from configurator import UserError, check, configure, run
 from data import load_tokenizer
-from device import pick_device, pick_dtype
+from device import pick_device, pick_dtype, say
 from diffusion import (categorical, cross_entropy, gibbs_step, head_losses, masked_reverse_step,
                        noise_schedule, q_sample, reverse_step, stratified_times, token_nll,
                        top_p_filter)
@@ -421,7 +422,7 @@ def print_scores(loaded, lines):
     for line, nats, error in zip(lines, *score(loaded, lines)):
         bpb = nats / math.log(2) / max(1, len(line.encode()))
         ppl = math.exp(nats / max(1, len(loaded.tokenizer.encode(line))))
-        print(f'{nats:.2f} +- {error:.2f} nats, {bpb:.3f} bits per byte, PPL {ppl:.2f}: {line}')
+        say(f'{nats:.2f} +- {error:.2f} nats, {bpb:.3f} bits per byte, PPL {ppl:.2f}: {line}')
 
 # --------------------------------------------------------------------------------------------------
 # the script
@@ -445,7 +446,8 @@ def read_lines(path):
 
 
 def main():
-    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, CHECKS + SAMPLER_CHECKS)
+    given = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
+    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, given])
     tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
     globals().update(settings)
     where = init_from or out_dir
@@ -456,6 +458,8 @@ def main():
         with autocast:
             print_scores(loaded, read_lines(tasks['score']))
         return
+    if prompts and prompt:
+        raise UserError('--prompts and --prompt: give one of them')
     lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
     torch.manual_seed(seed)
     began = time.time()
@@ -470,7 +474,7 @@ def main():
             for xt in denoise(loaded, xt, given, **options):
                 if watch:                                # clear the terminal, write the text
                     text = loaded.tokenizer.decode(xt[0].tolist())
-                    print(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames)}]', flush=True)
+                    say(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames)}]')
                 frames.append(xt)
                 calls += 1
         texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
@@ -486,9 +490,9 @@ def main():
                 print(json.dumps(record, ensure_ascii=False), file=f)
     else:
         for text in texts:
-            print('-' * 80, text, sep='\n')
-        print('-' * 80)
-    print(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
+            say(f'{"-" * 80}\n{text}')
+        say('-' * 80)
+    say(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
           f'({describe_sampler(options)}): {seconds:.1f} s')
 
 

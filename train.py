@@ -21,8 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C while torch loads: no traceback
+from configurator import UserError, configure, run
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from checkpoint import (UNREADABLE, append_log, check_resume, check_start, has_state, load_model,
                         load_optimizer, load_state, lock_folder, open_log, save,
                         set_aside_older_run, start_wandb, write_card)
-from configurator import UserError, configure, run
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows)
 from device import (check_memory, largest_of_ranks, pick_device, pick_dtype, say,

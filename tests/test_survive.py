@@ -1,10 +1,12 @@
 """Runs that are killed, pre-empted, resized and fed with bad numbers, through the command line."""
 import io
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -262,6 +264,30 @@ def test_two_nodes(work):
             cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     assert [agent.wait(timeout=150) for agent in agents] == [0, 0]
     assert checkpoint(work / 'nodes')['step'] == 4
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'plot.py', 'convert.py'])
+def test_a_config_nested_too_deep_is_one_line(work, tmp_path, script):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text('[' * 200_000)
+    (tmp_path / 'out' / 'log.jsonl').write_text('{"step": 1, "val_loss": 2}\n' + '[' * 200_000)
+    args = ['out', 'new'] if script == 'convert.py' else ['out'] if script == 'plot.py' else []
+    assert run_here(tmp_path, script, *args).returncode == 1
+
+
+def test_a_compressed_checkpoint_and_a_negative_step_are_refused(work, tmp_path):
+    bomb, negative = tmp_path / 'bomb', tmp_path / 'negative'
+    shutil.copytree(work / 'out', bomb)
+    for path in bomb.glob('*.pt'):
+        path.unlink()
+    with zipfile.ZipFile(bomb / 'last.pt', 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr('last/data.pkl', bytes(10 ** 7))
+    one_line(run_here(work, 'train.py', *QUICK, f'--out_dir={bomb}', '--init_from=resume'), 'bomb')
+    shutil.copytree(work / 'out', negative)
+    state = checkpoint(negative)
+    torch.save(state | dict(step=-5), negative / 'last.pt')
+    one_line(run_here(work, 'train.py', *QUICK, f'--out_dir={negative}', '--init_from=resume'),
+             'negative')
 
 
 def test_data_that_changed_is_noticed(work, tmp_path):
