@@ -112,7 +112,7 @@ def main():
     try:
         fig, path = draw(args.runs)
         fig.savefig(path)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f'{" ".join(args.runs)}: log.jsonl, gen.jsonl or config.json is not as '
                         f'train.py and eval.py write it ({error!r:.200})')
     print(f'wrote {path}')
