@@ -29,6 +29,7 @@ LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
 class Tokenizer(NamedTuple):
     encode: Callable  # text -> list of ids, no special ones added
     decode: Callable  # a list or 1-d array of ids -> text; eos is a blank line, broken bytes U+FFFD
+    size: Callable    # an id -> how many bytes of text it stands for, by its spelling
 
 
 def load_tokenizer(meta, folder):
@@ -37,10 +38,12 @@ def load_tokenizer(meta, folder):
     if name == 'bytes':
         encode = lambda text: list(text.encode())
         decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
+        size = lambda i: 1
     elif name == 'gpt2':
-        encode, decode = load_gpt2()
+        encode, decode, size = load_gpt2()
     else:
-        encode, decode = load_file(Path(folder, 'tokenizer.json'), meta.get('tokenizer_sha256'))
+        encode, decode, size = load_file(Path(folder, 'tokenizer.json'),
+                                         meta.get('tokenizer_sha256'))
     hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
 
     def decode_documents(ids):
@@ -49,7 +52,7 @@ def load_tokenizer(meta, folder):
         return '\n\n'.join(decode([i for i in document.tolist() if i not in hidden])
                            for document in documents)
 
-    return Tokenizer(encode, decode_documents)
+    return Tokenizer(encode, decode_documents, size)
 
 
 def load_gpt2():
@@ -59,7 +62,7 @@ def load_gpt2():
     except (OSError, ValueError) as error:
         raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
                         'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
-    return gpt2.encode_ordinary, gpt2.decode
+    return gpt2.encode_ordinary, gpt2.decode, lambda i: len(gpt2.decode_single_token_bytes(i))
 
 
 def guarded(message, function, *args):
@@ -74,7 +77,7 @@ def guarded(message, function, *args):
 
 
 def load_file(path, sha256):
-    """encode and decode of a tokenizer.json; with None as sha256, of any."""
+    """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
     import tokenizers
     call = functools.partial(guarded, f'{path} is no usable tokenizer: prepare the data again')
     raw = call(path.read_bytes)
@@ -92,7 +95,9 @@ def load_file(path, sha256):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    return functools.partial(call, encode), functools.partial(call, decode)
+    # in a byte-level vocabulary each character of a token is a byte
+    size = lambda i: len(tokenizer.id_to_token(i) or '')
+    return functools.partial(call, encode), functools.partial(call, decode), size
 
 
 def tokenizer_difference(meta, other):
@@ -142,6 +147,8 @@ def load_stream(folder, split, meta):
         if starts[0] or starts[-1] != count or (starts[1:] < starts[:-1]).any():
             raise ValueError(f'{split}.idx does not divide the {count} tokens of {split}.bin')
     sizes = np.memmap(folder / f'{split}.bytes', float, 'r', shape=meta['vocab_size'])
+    if not 0 <= sizes.min() <= sizes.max() < 2**20:
+        raise ValueError(f'{split}.bytes holds no numbers of bytes')
     return tokens, starts, sizes
 
 

@@ -199,7 +199,10 @@ def read_rows(path, key):
                     yield json.loads(line)
     else:
         with open(path, encoding='utf-8-sig', newline='') as file:
-            yield {key: file.read().replace('\r\n', '\n')}
+            text = file.read().replace('\r\n', '\n')
+        if '\0' in text:
+            raise ValueError('it holds a NUL byte')
+        yield {key: text}
 
 
 def read_texts(paths, key):
@@ -391,16 +394,8 @@ def in_threads(function, rows):
             yield from future.result()
 
 
-def token_sizes(decode, meta):
-    """How many bytes of text each token stands for, eos for one; a part of a character for one."""
-    sizes = np.array([len(decode([i]).replace('\ufffd', '?').encode())
-                      for i in range(meta['vocab_size'])])
-    sizes[meta['eos_id']] = 1
-    return sizes
-
-
 def write_tokens(folder, rows, sizes, max_tokens, meta):
-    """Write the token files of both splits, and their counts into meta. sizes: of token_sizes.
+    """Write the token files of both splits, and their counts into meta. sizes: bytes of each token.
     The document that reaches max_tokens is cut there."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
@@ -448,6 +443,8 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         files = find_files(stdlib_files() if paths == ['stdlib'] else paths, text_key)
     documents = lambda: read_documents(row, files, val_fraction, max_docs)
     name = name or Path(source).resolve().name.split('.')[0]
+    if not re.fullmatch(r'[^./*][^/*]*', name):
+        raise UserError(f'{name!r} will not do as the name of a data set: choose another --name')
     target = Path(data_dir, name)
     if target.exists():
         raise UserError(f'{target} is there already: remove it, or choose another --name')
@@ -461,7 +458,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         meta = make_tokenizer(tokenizer or usual, vocab_size, training, new / 'tokenizer.json',
                               rule)
         meta.update(name=name, source=source, rule=rule)
-        encode, decode = load_tokenizer(meta, new)
+        encode, _, size_of = load_tokenizer(meta, new)
 
         def encode_row(row):
             """-> does it end a document?, does it validate?, its bytes, its tokens."""
@@ -473,7 +470,9 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
 
         length = PIECE if detokeniser == '-' else sys.maxsize       # rules look across any place
         rows = in_threads(encode_row, pieces(documents(), length))
-        write_tokens(new, rows, token_sizes(decode, meta), max_tokens, meta)
+        sizes = np.array([size_of(i) for i in range(meta['vocab_size'])])
+        sizes[meta['eos_id']] = 1
+        write_tokens(new, rows, sizes, max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
         os.sync()                                                   # a machine may die, too
         new.rename(target)
