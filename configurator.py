@@ -31,7 +31,8 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(str(error))
     except (RuntimeError, MemoryError) as error:
-        if 'memory' not in f'{error!r}'.lower():
+        lack = 'out of memory', "can't allocate", 'unable to allocate'     # CUDA, torch, numpy
+        if not any(words in str(error).lower() for words in lack):
             raise
         sys.exit(f'not enough memory, try a smaller --batch_size: {error!s:.200}')
     except KeyboardInterrupt:

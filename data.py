@@ -62,7 +62,8 @@ def load_gpt2():
     except (OSError, ValueError) as error:
         raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
                         'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
-    return gpt2.encode_ordinary, gpt2.decode, lambda i: len(gpt2.decode_single_token_bytes(i))
+    size = lambda i: len(gpt2.decode_single_token_bytes(i))
+    return gpt2.encode_ordinary, gpt2.decode, size
 
 
 def guarded(message, function, *args):

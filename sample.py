@@ -324,8 +324,8 @@ def edge_tokens(loaded, ids):
 
 
 def start_template(loaded, template, num_samples=1):
-    """The same for a text with holes: [[8]] is one of 8 tokens, [[some words]] one of as many as
-    these words have."""
+    """xt and fixed of fill_holes for a text with holes: [[8]] is one of 8 tokens, [[some words]] one
+    of as many as these words have."""
     encode = loaded.tokenizer.encode
     ids = []
     for i, part in enumerate(re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)):
@@ -364,11 +364,10 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
     informed sampler takes over: for a Duo."""
     alpha = 1 - strength
-    x0, _ = fill_holes(loaded, [edge_tokens(loaded, loaded.tokenizer.encode(text))], num_samples)
-    xt = q_sample(x0, alpha, loaded.info['data']['vocab_size'])
-    fixed = torch.zeros_like(x0, dtype=torch.bool)
-    fixed[:, [0, -1]] = True
-    xt = torch.where(fixed, x0, xt)
+    row = edge_tokens(loaded, loaded.tokenizer.encode(text))
+    x0, fixed = fill_holes(loaded, [row], num_samples)
+    fixed[:, 1:-1] = False
+    xt = torch.where(fixed, x0, q_sample(x0, alpha, loaded.info['data']['vocab_size']))
     options = dict(sampler='informed', alpha_min=alpha, alpha_max=max(alpha, 0.99)) | options
     return sample_texts(loaded, xt, fixed, **options)
 
@@ -446,8 +445,8 @@ def read_lines(path):
 
 
 def main():
-    given = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
-    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, given])
+    utf8 = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
+    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, utf8])
     tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
     globals().update(settings)
     where = init_from or out_dir

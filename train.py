@@ -201,7 +201,10 @@ def build_optimizer(model):
     matrices, others = [], []
     for name, p in model.named_parameters():
         in_block = name.startswith('blocks') and p.ndim == 2 and 'adaLN' not in name
-        (matrices if in_block and optimizer == 'muon' else others).append(p)
+        if in_block and optimizer == 'muon':
+            matrices.append(p)
+        else:
+            others.append(p)
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2),
                                     weight_decay=weight_decay, fused=True)]
     if matrices:

@@ -407,7 +407,10 @@ def simulate(bench):
           'work, every operation by itself (eager) or all between two products as one (compiled, '
           'at best); the memory is that of eager mode')
     with fake_cuda(capability) as fake:
-        bench.plan_run('cuda', *pick_dtype(dtype, 'cuda'), measure, lambda device: max(peak))
+        try:
+            bench.plan_run('cuda', *pick_dtype(dtype, 'cuda'), measure, lambda device: max(peak))
+        except DeviceWait as wait:
+            raise UserError(f'this recipe waits for the GPU, which a simulation cannot do: {wait}')
     if max(peak) > memory:
         raise UserError(f'{max(peak) / 1e9:.1f} GB do not fit in {memory / 1e9:g} GB. Lower '
                         '--batch_size, and raise --gradient_accumulation_steps instead')

@@ -1,6 +1,7 @@
 """configurator.py as users meet it: small scripts in a subprocess, then each rule and error."""
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import configurator
 import train
 from configurator import UserError, configure
 
@@ -465,3 +467,18 @@ def test_random_arguments(file, capsys):
         except SystemExit as e:
             assert e.code == 0 and {'-h', '--help'} & set(args), args
     assert 30 < good < 270  # both ends are worth something
+
+
+@pytest.mark.parametrize('message, one_line', [
+    ('CUDA out of memory. Tried to allocate 9 GiB', True),
+    ("DefaultCPUAllocator: can't allocate memory", True),
+    ('CUDA error: an illegal memory access was encountered', False)])
+def test_a_lack_of_memory_is_one_line_and_a_bug_is_not(message, one_line):
+    def main():
+        raise RuntimeError(message)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit if one_line else RuntimeError, match='memory'):
+            configurator.run(main)
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -62,6 +62,11 @@ def test_steps_of_train_py_do_not_wait_for_the_device(work, monkeypatch, capabil
     assert wait.startswith('mean = ') and '_local_scalar_dense' in wait
 
 
+def test_a_recipe_that_waits_for_the_device_is_one_line(tmp_path):
+    args = ['--gpu=h100', '--optimizer=muon', '--n_layer=1', '--block_size=32', '--vocab_size=99']
+    one_line(run(tmp_path, 'bench.py', *args), 'waits for the GPU', 'if fused or finite')
+
+
 @pytest.mark.parametrize('args, gigabytes', [
     (['config/owt_duo.py', '--gpu=h100'], 45),
     (['config/tiny_t4_duo.py', '--gpu=t4'], 15),
