@@ -324,8 +324,8 @@ def edge_tokens(loaded, ids):
 
 
 def start_template(loaded, template, num_samples=1):
-    """xt, fixed of fill_holes for a text with holes: [[8]] is one of 8 tokens, [[some words]] one of
-    as many as these words have."""
+    """xt, fixed of fill_holes for a text with holes: [[8]] is one of 8 tokens, [[some words]] one
+    of as many as these words have."""
     encode = loaded.tokenizer.encode
     ids = []
     for i, part in enumerate(re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)):

@@ -102,8 +102,9 @@ CHECKS = [
     ('max_iters eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
      'gradient_accumulation_steps n_layer n_head n_embd cond_dim',
      lambda v: 1 <= v < 10**8, 'from 1 to 99,999,999'),
-    ('seed warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
-     'max_bad_steps weight_decay num_samples', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
+    ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
+    ('warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
+     'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),
     ('dropout beta1 beta2 ema_decay', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     ('curriculum_frac cooldown_frac', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('tau dcd_delta', lambda v: v > 0, 'above 0'),
