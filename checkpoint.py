@@ -324,10 +324,10 @@ def check_resume(out_dir, state, settings, config, token_files):
 
 
 def load_optimizer(optimizer, saved):
-    """Its state, but for the rates, which are this run's. ValueError where the shapes are not those
+    """The rates are this run's, not saved ones. ValueError where the shapes are not those
     of its parameters, beyond which a fused step would read, or a counter of steps is negative."""
     groups = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict(saved | dict(param_groups=groups))
+    optimizer.load_state_dict(dict(state=saved, param_groups=groups))
     for parameter, moments in optimizer.state.items():
         if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
             raise ValueError("the optimiser's state has other shapes than the weights")

@@ -39,6 +39,7 @@ from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entrop
                        head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
                        teacher_kl, transform)
 from model import DiT, DiTConfig, update_ema
+from muon import Muon
 
 # --- files and intervals, in steps
 out_dir = 'out'
@@ -209,8 +210,7 @@ def build_optimizer(model):
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2),
                                     weight_decay=weight_decay, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
-                                           adjust_lr_fn='match_rms_adamw'))
+        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
     return optimizers
 
 
@@ -228,10 +228,10 @@ def clip_and_step(optimizers, scaler, params):
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     finite = norm.isfinite()
     for optimizer in optimizers:
-        fused = optimizer.defaults.get('fused')
-        if fused:
+        can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
+        if can_skip:
             optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        if fused or finite:                              # scaler.step() would not see the others
+        if can_skip or finite:                           # scaler.step() would not see the others
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
@@ -406,7 +406,7 @@ def main():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
         state = {name: part.state_dict() for name, part in parts.items()} | info
-        state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        state.update(optimizers=[optimizer.state_dict()['state'] for optimizer in optimizers],
                      counts=counts.cpu(), fingerprint=token_files,
                      seconds=time.monotonic() - began)
         save(out_dir, state, ema, info, folder, keep_last)

@@ -11,7 +11,7 @@ import selftest
 import train
 from diffusion import evaluate, nelbo, stratified_times
 from fake_cuda import DeviceWait, fake_cuda
-from helpers import TINY, good, one_line, run, run_here
+from helpers import TINY, good, one_line, project_with, run, run_here
 from model import DiT, DiTConfig
 from sample import Loaded, denoise
 
@@ -64,7 +64,13 @@ def test_steps_of_train_py_do_not_wait_for_the_device(work, monkeypatch, capabil
 
 def test_a_recipe_that_waits_for_the_device_is_one_line(tmp_path):
     args = ['--gpu=h100', '--optimizer=muon', '--n_layer=1', '--block_size=32', '--vocab_size=99']
-    one_line(run(tmp_path, 'bench.py', *args), 'waits for the GPU', 'if fused or finite')
+    good(run(tmp_path, 'bench.py', *args))
+    waits = """
+def build_optimizer(model):
+    return [torch.optim.SGD(model.parameters(), lr=1e-3)]
+"""
+    script = project_with(tmp_path, waits).with_name('bench.py')
+    one_line(run(tmp_path, script, *args), 'waits for the GPU', 'if can_skip or finite')
 
 
 @pytest.mark.parametrize('args, gigabytes', [

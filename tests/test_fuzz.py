@@ -130,7 +130,7 @@ def home(tmp_path_factory):
     (home / 'out').mkdir()
     for step in (4, 5):
         save(home / 'out', info | dict(step=step, weights=model.state_dict(), ema=model.state_dict(), teacher=None,
-             optimizers=[optimizer.state_dict()], scaler={}, seconds=1.0, skipped=0, fingerprint='f'),
+             optimizers=[optimizer.state_dict()['state']], scaler={}, seconds=1.0, skipped=0, fingerprint='f'),
              model, info, home / 'data/bytes')
     return home
 

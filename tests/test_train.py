@@ -21,6 +21,7 @@ from helpers import (TINY, checkpoint, equal, good, log, mean_and_error, one_lin
                      rewind, run, run_here, wrapped_loss)
 from literal import literal_nelbo
 from model import DiT, DiTConfig, update_ema
+from muon import Muon, orthogonalise
 from sample import Loaded, denoise
 
 QUICK = [*TINY, '--num_samples=0']
@@ -251,7 +252,7 @@ torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
     state = checkpoint(work / 'overflow')
     assert state['counts'][2] == count and state['scaler']['scale'] == 2.0 ** (24 - count)
     (adamw,) = state['optimizers']
-    assert all(s['step'] == 12 - count for s in adamw['state'].values())
+    assert all(s['step'] == 12 - count for s in adamw.values())
 
 
 PLAIN_SGD = '''
@@ -368,12 +369,8 @@ def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
     said = good(run_here(work, script, *args, '--out_dir=muon'))
     assert '1 steps skipped' in said
     adamw, muon = checkpoint(work / 'muon')['optimizers']
-    assert [set(s) for s in muon['state'].values()] == [{'momentum_buffer'}] * 4
-    assert all(s['step'] == 11 for s in adamw['state'].values()) and len(adamw['state']) > 8
-    for part, rate in ((muon, 0.02), (adamw, 1.5e-3)):
-        (group,) = part['param_groups']
-        assert group['initial_lr'] == rate
-        assert group['lr'] == pytest.approx(rate / 6)                    # the last of the cooldown
+    assert [set(s) for s in muon.values()] == [{'average'}] * 4
+    assert all(s['step'] == 11 for s in adamw.values()) and len(adamw) > 8
 
     # both train, and the skipped step changes neither
     at = {step: torch.load(work / 'muon' / f'step-{step:08}.pt', weights_only=True)
@@ -534,24 +531,58 @@ def test_the_ema_remembers_no_gradients():
 
 @pytest.mark.parametrize('bad', [math.inf, math.nan, 1e30])
 @pytest.mark.parametrize('enabled', [False, True])
-@pytest.mark.parametrize('fused', [False, True])
-def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, fused):
+@pytest.mark.parametrize('aware', [False, True])
+def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, aware):
     """With a GradScaler, which looks at each optimiser by itself, and without. 1e30 is finite, but
     the norm of the gradients is not."""
     w, v = torch.ones(3, 3, requires_grad=True), torch.ones(3, requires_grad=True)
-    optimizers = [torch.optim.Muon([w]), torch.optim.AdamW([v], fused=fused)]
+    optimizers = [torch.optim.AdamW([v], fused=aware), Muon([w], 1e-3)]
+    if not aware:
+        optimizers[1] = torch.optim.Muon([w])
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0, enabled=enabled)
     for step, factor in enumerate((1.0, bad, 1.0)):
-        before = [p.detach().clone() for p in (w, v)]
+        before = [p.detach().clone() for p in (v, w)]
         states = [str(optimizer.state) for optimizer in optimizers]
         scaler.scale((w * factor * torch.eye(3)).sum() + v.square().sum()).backward()
         finite = train.clip_and_step(optimizers, scaler, [w, v])
         assert bool(finite) == (step != 1)
-        for p, old, optimizer, state in zip((w, v), before, optimizers, states):
+        for p, old, optimizer, state in zip((v, w), before, optimizers, states):
             assert p.isfinite().all() and p.grad is None
             assert torch.equal(p, old) == (step == 1)
             assert (str(optimizer.state) == state) == (step == 1)
     assert scaler.get_scale() == (1.0 if not enabled else 4.0 if bad == 1e30 else 2.0)
+
+
+@pytest.mark.parametrize('shape', [(12, 12), (8, 24), (24, 8)])
+def test_orthogonalise_keeps_the_singular_vectors(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    made = u.T @ orthogonalise(1e3 * x) @ v.T
+    assert torch.allclose(made, made.diag().diag(), atol=1e-9)
+    values = made.diag()[s > 0.05 * s[0]]
+    assert 0.65 < values.min() <= values.max() < 1.25
+    assert not orthogonalise(0 * x).any()
+
+
+def test_muon_is_torchs_with_its_own_rate():
+    """To torch's bfloat16, on gradients whose singular values all are of a size."""
+    torch.manual_seed(0)
+    w = [torch.randn(shape) for shape in [(12, 6), (6, 12), (9, 9)]]
+    ours = [p.clone().requires_grad_() for p in w]
+    theirs = [p.clone().requires_grad_() for p in w]
+    a = Muon(ours, lr=0.1, weight_decay=0.5)
+    b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn='match_rms_adamw')
+    for step in range(5):
+        train.set_lr([a, b], 1 / (1 + step))
+        for p, q in zip(ours, theirs):
+            p.grad = torch.nn.init.orthogonal_(torch.empty(p.shape))
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    assert a.param_groups[0]['lr'] == pytest.approx(0.1 / 5)
+    for p, q, start in zip(ours, theirs, w):
+        assert (p - q).norm() < 0.01 * (p - start).norm()
 
 
 def test_the_curriculum_is_the_nelbo_at_the_gaussians_argmax(monkeypatch):
