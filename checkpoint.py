@@ -7,6 +7,7 @@ out_dir/model.safetensors   the EMA weights, and
 out_dir/config.json         all else that sampling, evaluating or sharing needs, with
 out_dir/tokenizer.json      where the tokenizer has a file
 out_dir/log.jsonl           a line of numbers at each log and validation
+out_dir/samples.txt         a text at each validation
 out_dir/README.md           the model card
 out_dir/lock                held by the run that is at work here; names it
 
@@ -347,13 +348,19 @@ def check_start(source, info, kind, meta):
 
 
 def start_wandb(out_dir, settings):
-    """A run of Weights & Biases, named after out_dir unless settings say another name."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log needs a package: pip install wandb')
+    """A run of Weights & Biases, named after out_dir unless settings say another name; it goes on
+    if out_dir has begun one."""
+    import wandb
     name = settings['wandb_run_name'] or Path(out_dir).resolve().name
-    return wandb.init(project=settings['wandb_project'], name=name, config=settings)
+    path = Path(out_dir, 'wandb_id')
+    known = path.read_text() if path.exists() else None
+    try:
+        run = wandb.init(project=settings['wandb_project'], name=name, config=settings, id=known,
+                         resume='allow')
+    except wandb.Error as error:
+        raise UserError(f'wandb does not start: {error}')
+    path.write_text(run.id)
+    return run
 
 
 # --------------------------------------------------------------------------------------------------

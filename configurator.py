@@ -39,6 +39,13 @@ def run(main):
         sys.exit('stopped')
 
 
+def progress(iterable, what, total=None):
+    """The iterable, with a bar on the terminal while it lasts; without a terminal, no bar."""
+    from tqdm import tqdm
+    first = os.environ.get('RANK', '0') == '0'           # of torchrun's processes
+    return tqdm(iterable, what, total, leave=False, disable=None if first else True)
+
+
 def configure(g, checks=(), argv=None, paths=None):
     """Return {name: value} of a script's settings, as `argv` (default: sys.argv[1:]) changes them.
 

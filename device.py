@@ -1,5 +1,8 @@
 """Where a script runs: the console, the device, its number format, one process or many."""
 import os
+import signal
+import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -10,7 +13,10 @@ control = None               # the group by which the processes agree on what to
 
 
 def say(line):
-    """print(), for a run that goes on without its console: the log file is what counts."""
+    """print(), by the first process, for a run that goes on without its console: the log file is
+    what counts."""
+    if os.environ.get('RANK', '0') != '0':
+        return
     try:
         print(line, flush=True)
     except UnicodeEncodeError:
@@ -19,6 +25,27 @@ def say(line):
         pass                                             # a signal came while another line was said
     except OSError:                                      # gone, or full: this and all that follows,
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # of scripts started here too, is dropped
+
+
+def catch_signals():
+    """SIGTERM, Ctrl-C (SIGINT) and SIGUSR1 from now on do no more than note their number in
+    .caught, 0 until then, and say that .doing is finished first: words, to be kept up to date. A
+    second signal, or one while .doing is empty, ends the process."""
+    noted = SimpleNamespace(caught=0, doing='the step')
+
+    def on_signal(number, frame):
+        # torchrun sends one again to processes that have had it: there a second means nothing
+        second = noted.caught not in (0, signal.SIGUSR1)
+        at_once = not noted.doing or second and not dist.is_initialized()
+        noted.caught = number
+        what = 'stopped' if at_once else f'finishing {noted.doing}; a second signal stops'
+        say(f'{signal.Signals(number).name}: {what} at once')
+        if at_once:
+            sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+    return noted
 
 
 def pick_device(device):
@@ -90,3 +117,10 @@ def largest_of_ranks(number):
     except RuntimeError:
         raise UserError(f'rank {dist.get_rank()}: another process has ended: its message is above')
     return largest.item()
+
+
+def check_same_step(step):
+    """UserError if another process found another step to go on from."""
+    if largest_of_ranks(step) != -largest_of_ranks(-step):
+        raise UserError(f'rank {dist.get_rank()} found step {step}, another did not: --out_dir '
+                        'must be on a disk that all processes share')

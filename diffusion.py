@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.special import log_ndtr, ndtri
 
+from configurator import UserError, progress
+
 T_MIN = 1e-3                 # training times are drawn from [T_MIN, 1]
 
 
@@ -56,6 +58,16 @@ def transform(gamma, vocab_size):
     alpha = (K * mass.sum(-1) - 1) / (K - 1)
     dalpha = K / (K - 1) * (y * mass * (-mu / 2)).sum(-1)
     return alpha, dalpha
+
+
+def describe_window(gamma_min, gamma_max, vocab_size):
+    """The curriculum's window of noise in words: the same gammas mean less noise for a smaller
+    vocabulary."""
+    if gamma_min >= gamma_max:
+        raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}')
+    first, last = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
+    hint = ': little noise, try a higher --gamma_max' if last > 0.5 else ''
+    return f'alpha from {first:.3f} to {last:.3f}{hint}'
 
 
 def gaussian_scales(gamma):
@@ -394,7 +406,8 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
     returns is all losses over all scored tokens, and its error is that of this ratio.
     """
     result = torch.zeros(2, n, dtype=torch.float64, device=device)
-    for first in range(rank * batch_size, n, world * batch_size):
+    batches = range(rank * batch_size, n, world * batch_size)
+    for first in progress(batches, 'evaluation'):
         count = min(batch_size, n - first)
         x0 = get_rows(range(first, first + count))
         t = stratified_times(0.5, first, count, n, device=device)

@@ -19,7 +19,7 @@ import sys
 import time
 from itertools import groupby
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, progress, run
 
 import numpy as np
 import torch
@@ -177,7 +177,8 @@ def judge_samples(loaded, autocast):
             torch.manual_seed(seed)
             began = time.time()
             rows = []
-            for xt in sample_prior(info, (num_samples, T), device).split(batch_size):
+            batches = sample_prior(info, (num_samples, T), device).split(batch_size)
+            for xt in progress(batches, 'samples'):
                 with autocast:
                     for xt in denoise(loaded, xt, **trial):
                         pass

@@ -28,7 +28,7 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, progress, run
 
 import numpy as np
 
@@ -308,7 +308,7 @@ def train_bpe(texts, vocab_size, path):
     """Learn and save a byte-level BPE of at most vocab_size tokens, whose id 0 ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     taught, size = [], 0
-    for text in texts:
+    for text in progress(texts, 'reading'):
         taught.append(text)
         size += len(text)
         if size >= LEARN_FROM:
@@ -319,8 +319,7 @@ def train_bpe(texts, vocab_size, path):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size or min(VOCAB_SIZE, max(512, size // 256)),
         special_tokens=['<|endoftext|>'],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),   # so that any text can be spelled
-        show_progress=False)
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())   # so that any text can be spelled
     bpe.train_from_iterator((line for text in taught for line in LINE_ENDS.split(text)), trainer)
     bpe.save(str(path))
 
@@ -400,7 +399,7 @@ def write_tokens(folder, rows, sizes, max_tokens, meta):
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
     counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
-    for ends, val, size, ids in rows:
+    for ends, val, size, ids in progress(rows, 'tokenising'):
         part = int(val)
         if max_tokens and not val:
             kept = ids[:max_tokens - counts[0, 0]]

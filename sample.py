@@ -17,6 +17,7 @@ or, in a notebook (generate, infill, edit, score, token_probs):
 """
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -24,7 +25,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from configurator import UserError, check, configure, run
+from configurator import UserError, check, configure, progress, run
 
 import torch
 
@@ -436,6 +437,33 @@ def denoising_page(tokenizer, frames, title):
     return template.replace('"DATA"', data.replace('<', '\\u003c'))        # no text ends the script
 
 
+PLAIN, CHANGED, CORRECTED = '\x1b[0m', '\x1b[33m', '\x1b[35m'
+
+
+def watched(frames, xt, tokenizer):
+    """Yield the frames that xt (B,T) becomes, and draw the first text of each on the terminal's
+    other screen: yellow where this call changed a token, violet where it had stood for five calls.
+    """
+    print('\x1b[?1049h', end='')
+    shown = xt[0].tolist()
+    age = [0] * len(shown)
+    try:
+        for call, xt in enumerate(frames, start=1):
+            text = ''
+            for i, token in enumerate(xt[0].tolist()):
+                age[i] += 1
+                colour = PLAIN
+                if token != shown[i]:
+                    colour = CORRECTED if age[i] > 5 else CHANGED
+                    age[i] = 0
+                shown[i] = token
+                text += colour + tokenizer.decode([token])
+            print(f'\x1b[H\x1b[J{text}{PLAIN}\n\n[call {call}]', flush=True)
+            yield xt
+    finally:
+        print('\x1b[?1049l', end='', flush=True)
+
+
 def read_lines(path):
     with open(path, encoding='utf-8', errors='replace') as file:
         lines = [line.rstrip('\n') for line in file]
@@ -460,6 +488,8 @@ def main():
     if prompts and prompt:
         raise UserError('--prompts and --prompt: give one of them')
     lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
+    if watch and not os.isatty(1):
+        raise UserError('--watch draws on a terminal, not into a pipe or a file')
     torch.manual_seed(seed)
     began = time.time()
     texts, calls = [], 0
@@ -469,13 +499,15 @@ def main():
         noise, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
     for xt, given in zip(noise.split(batch_size), fixed.split(batch_size)):
         frames = [xt]
+        denoising = denoise(loaded, xt, given, **options)
+        if watch:
+            denoising = watched(denoising, xt, loaded.tokenizer)
+        else:
+            denoising = progress(denoising, 'network calls')
         with autocast:
-            for xt in denoise(loaded, xt, given, **options):
-                if watch:                                # clear the terminal, write the text
-                    text = loaded.tokenizer.decode(xt[0].tolist())
-                    say(f'\x1b[H\x1b[2J{text}\n\n[call {len(frames)}]')
-                frames.append(xt)
-                calls += 1
+            frames += denoising
+        calls += len(frames) - 1
+        xt = frames[-1]
         texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
     seconds = time.time() - began
 

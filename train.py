@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from configurator import UserError, configure, run
@@ -33,11 +34,11 @@ from checkpoint import (UNREADABLE, append_log, check_resume, check_start, has_s
                         set_aside_older_run, start_wandb, write_card)
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows)
-from device import (check_memory, largest_of_ranks, pick_device, pick_dtype, say,
-                    start_distributed)
-from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, evaluate,
-                       head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens, stratified_times,
-                       teacher_kl, transform)
+from device import (catch_signals, check_memory, check_same_step, largest_of_ranks, pick_device,
+                    pick_dtype, say, start_distributed)
+from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, describe_window,
+                       evaluate, head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens,
+                       stratified_times, teacher_kl, transform)
 from model import DiT, DiTConfig, update_ema
 from muon import Muon
 
@@ -112,6 +113,7 @@ CHECKS = [
     ('curriculum_k', lambda v: v >= 2, 'at least 2'),
     ('objective', lambda v: v in ('duo', 'dcd', 'mdlm', 'ar'), 'duo, dcd, mdlm or ar'),
     ('optimizer', lambda v: v in ('adamw', 'muon'), 'adamw or muon'),
+    ('wandb_log', lambda v: not v or find_spec('wandb'), 'False, or first: pip install wandb'),
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def set_lr(optimizers, share):
 
 
 def clip_and_step(optimizers, scaler, params):
-    """Step, unless a gradient is not finite; returns whether all are, a bool tensor."""
+    """Step, unless a gradient is not finite; returns their norm, before it was clipped."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
@@ -235,20 +237,18 @@ def clip_and_step(optimizers, scaler, params):
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
-    return finite
+    return norm
 
 # --------------------------------------------------------------------------------------------------
 # starting
 
 def where_to_start():
-    """init_from with 'auto' decided; UserError where settings contradict each other."""
+    """init_from with 'auto' decided."""
     start = init_from
     if start.split(':')[0] == 'auto':
         start = 'resume' if has_state(out_dir) else start[5:] or 'scratch'
     if objective == 'dcd' and start == 'scratch':
         raise UserError('distillation starts from a trained Duo: --init_from=MODEL, or auto:MODEL')
-    if gamma_min >= gamma_max:
-        raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}')
     return start
 
 
@@ -263,15 +263,17 @@ def open_data(folder, master):
     return meta, data
 
 
-def adopt(found, settings):
-    """A run that goes on from a network, a dict, has its sizes, whatever the settings say."""
-    settings.update({name: found[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
-    globals().update(settings)
+def run_script(script, *arguments, **options):
+    """Start another script of this folder, as a user would; options: of subprocess.run."""
+    subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], **options)
 
 
-def run_script(script, *arguments):
-    """Start another script of this folder, as a user would."""
-    subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments])
+def append_sample(step):
+    """A short look at the text so far."""
+    with open(f'{out_dir}/samples.txt', 'a') as file:
+        print(f'step {step}', file=file, flush=True)
+        run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--steps=16',
+                   stdout=file)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -303,15 +305,17 @@ def main():
     state = trained = None
     if start == 'resume':
         state = load_state(out_dir)
+        sizes = state['model']
         settings['init_from'] = state['settings']['init_from']  # where the run began
-        if settings['init_from'] != 'scratch':
-            adopt(state['model'], settings)
     else:
         settings['init_from'] = start
         if start != 'scratch':
             trained, info = load_model(start)
             check_start(start, info, kind, meta)
-            adopt(info['model'], settings)
+            sizes = info['model']
+    if settings['init_from'] != 'scratch':               # that network's sizes, whatever was set
+        settings.update({name: sizes[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
+        globals().update(settings)
 
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
@@ -346,12 +350,10 @@ def main():
             counts += state['counts'].to(here)
         except UNREADABLE as error:
             raise UserError(f'{out_dir}: its checkpoint is not one of this run: {error!r:.200}')
-        if master and changed:
+        if changed:
             say(f'resuming with changed settings: {changed}')
         del state
-    if largest_of_ranks(step) != -largest_of_ranks(-step):
-        raise UserError(f'rank {rank} found step {step}, another did not: --out_dir must be on a '
-                        'disk that all processes share')
+    check_same_step(step)
 
     loss_fn = loss_of(objective, vocab_size)
     if compile:                          # the trunk in one graph; the loss, in head_loss, in one
@@ -365,14 +367,11 @@ def main():
     # ---- logs
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
-    if master:
-        say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
-            f'{tokens_per_step:,} tokens a step, {here} {dtype_name}, {n_train:,} rows of '
-            f'{block_size} ({meta["tokenizer"]}, vocabulary {vocab_size})')
-        if in_curriculum(step):
-            window = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
-            hint = ': little noise, try a higher --gamma_max' if window[1] > 0.5 else ''
-            say(f'curriculum: alpha from {window[0]:.3f} to {window[1]:.3f}{hint}')
+    say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
+        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}, {n_train:,} rows of {block_size} '
+        f'({meta["tokenizer"]}, vocabulary {vocab_size})')
+    if in_curriculum(step):
+        say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
     if lock:
         if start != 'resume':
             lock = set_aside_older_run(out_dir, lock)
@@ -386,8 +385,7 @@ def main():
             append_log(log_file, record)
         if wandb_run:
             wandb_run.log(record, step=step)
-        if master:
-            say(line)
+        say(line)
 
     def validate():
         """Log the metric of the EMA weights, on the same rows with the same noise every time."""
@@ -399,6 +397,9 @@ def main():
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
         figures = {f'val_{name}': value for name, value in figures.items()}
+        if kind != 'ar':                                 # times rise from row to row
+            for i, part in enumerate(nats.tensor_split(4), start=1):
+                figures[f'val_loss_q{i}'] = part.mean().item()
         log(f'step {step}: val loss {line}', **figures)
         return figures
 
@@ -439,29 +440,13 @@ def main():
             dist.all_reduce(mean)
         return mean
 
-    # ---- signals: a scheduler's, or Ctrl-C
-    caught, doing = [0], 'the step'
-
-    def on_signal(number, frame):
-        # torchrun sends one again to processes that have had it: there a second means nothing
-        second = caught[-1] not in (0, signal.SIGUSR1)
-        at_once = not doing or second and not dist.is_initialized()
-        caught.append(number)
-        if master:
-            what = 'stopped' if at_once else f'finishing {doing}; a second signal stops'
-            say(f'{signal.Signals(number).name}: {what} at once')
-        if at_once:
-            sys.exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, on_signal)
-
     # ---- the loop
+    signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     first_step = logged_step = step
     while True:
         # 1. VALIDATE, SAVE, STOP
-        stopped = largest_of_ranks(caught[-1])
+        stopped = largest_of_ranks(signals.caught)
         done = step >= max_iters
         paused = time.monotonic()
         moved = step > first_step
@@ -470,12 +455,14 @@ def main():
             checkpoint_interval and step % checkpoint_interval == 0
             or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
         if at_eval or eval_only or done and not stopped:
-            doing = 'the validation'
+            signals.doing = 'the validation'
             figures = validate()
             val_loss = figures['val_loss']
         if log_file and (at_checkpoint or done or stopped):
-            doing = 'a checkpoint'
+            signals.doing = 'a checkpoint'
             write_checkpoint()
+            if at_eval and num_samples and not (done or stopped):
+                append_sample(step)
             saved = time.monotonic()
         ticked += time.monotonic() - paused              # not counted in tokens/s
         if done or eval_only or stopped:
@@ -485,9 +472,11 @@ def main():
         if teacher and dcd_round(step) > dcd_round(step - 1):    # also at step 0
             teacher.load_state_dict((ema if dcd_ema_teacher else model).state_dict())
         set_lr(optimizers, lr_share(step))
+        if step and in_curriculum(step - 1) and not in_curriculum(step):
+            say(f'step {step}: the curriculum ends; the loss jumps, as the noise is discrete now')
 
         # 3. GRADIENTS, STEP, EMA
-        doing = 'the step'
+        signals.doing = 'the step'
         try:
             loss = accumulate_gradients()
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -496,7 +485,8 @@ def main():
             torch.compiler.set_stance('force_eager')
             model.zero_grad()
             loss = accumulate_gradients()
-        finite = clip_and_step(optimizers, scaler, model.parameters())
+        norm = clip_and_step(optimizers, scaler, model.parameters())
+        finite = norm.isfinite()
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
         good += finite
@@ -518,14 +508,14 @@ def main():
             if skipped:
                 line += f', {int(skipped)} steps skipped'
             log(line, loss=mean, lr=learning_rate * lr_share(step - 1), skipped=int(skipped),
-                tokens_per_s=speed)
+                tokens_per_s=speed, grad_norm=norm.item())
             ticked, logged_step = time.monotonic(), step
             total.zero_()
             good.zero_()
 
     # ---- the picture, the card, some texts; a signal ends these
-    doing = ''
-    if master and stopped:
+    signals.doing = ''
+    if stopped:
         say(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
             f'--init_from=resume continues from {out_dir}')
     elif log_file:
@@ -533,6 +523,7 @@ def main():
         write_card(out_dir, figures, defaults)
         if num_samples:
             run_script('sample.py', f'--out_dir={out_dir}', f'--num_samples={num_samples}')
+        say(f'next: python sample.py --watch, or eval.py, with --out_dir={out_dir}')
     if world > 1:
         dist.destroy_process_group()
     if stopped:

@@ -57,6 +57,23 @@ def run_here(folder, script, *args):
     return subprocess.CompletedProcess(args, code, said.getvalue(), message)
 
 
+def run_on_terminal(folder, script, *args):
+    """What a run prints on a terminal."""
+    ours, its = os.openpty()
+    done = subprocess.Popen([sys.executable, ROOT / script, *args], cwd=folder, stdout=its,
+                            stderr=its, stdin=its)
+    os.close(its)
+    said = b''
+    try:
+        while some := os.read(ours, 9999):
+            said += some
+    except OSError:                                      # Linux says so at the end
+        pass
+    os.close(ours)
+    assert done.wait() == 0, said
+    return said.decode().replace('\r\n', '\n')
+
+
 def run_ranks(folder, script, *args, world=2):
     """Like run, as several processes without a launcher; the outputs one after another."""
     with socket.create_server(('127.0.0.1', 0)) as server:

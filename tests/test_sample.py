@@ -14,11 +14,11 @@ from scipy import stats
 
 from configurator import UserError
 from diffusion import categorical, gibbs_step, noise_schedule
-from helpers import good, one_line, run, run_here
+from helpers import good, one_line, run, run_here, run_on_terminal
 from literal import posterior
 from model import DiT, DiTConfig
 from sample import (SAMPLER_OPTIONS, Loaded, choose_sampler, denoise, describe_sampler, generate,
-                    load, psi_kappas, sample_prior)
+                    load, psi_kappas, sample_prior, watched)
 
 
 @pytest.fixture(autouse=True)
@@ -407,13 +407,12 @@ def test_sample(work):
     assert '4 network calls for 2 texts of 32 tokens' in said
     first, again = (run_here(work, 'sample.py', '--steps=3').stdout for _ in range(2))
     assert first.split(': ')[:-1] == again.split(': ')[:-1]              # all but the seconds
-    frames = good(run_here(work, 'sample.py', '--steps=3', '--watch', '--greedy', '--length=40',
-                            '--out=texts.jsonl'))
-    assert all(f'[call {i}]' in frames for i in range(1, 5))
+    good(run_here(work, 'sample.py', '--steps=3', '--greedy', '--length=40', '--out=texts.jsonl'))
     assert len((work / 'texts.jsonl').read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize('args, parts', [
+    (['--watch'], ['--watch', 'terminal', 'pipe']),
     (['--steps=0'], ['--steps']),
     (['--temperature=0'], ['--temperature']),
     (['--top_p=1.5'], ['--top_p']),
@@ -465,11 +464,29 @@ def test_a_file_of_prompts_becomes_json_lines(work):
     assert all(r['text'].strip('\n').startswith(r['prompt']) for r in records)
 
 
+def test_watching_marks_what_changes_and_what_is_corrected(capsys):
+    """The first token settles at call 1 and is corrected at call 8; the second changes at 2."""
+    tokenizer = SimpleNamespace(decode=lambda ids: 'abc'[ids[0]])
+    frames = [torch.tensor([[1, 0]])] + [torch.tensor([[1, 2]])] * 6 + [torch.tensor([[0, 2]])]
+    assert list(watched(frames, torch.tensor([[0, 0]]), tokenizer)) == frames
+    plain, yellow, violet = '\x1b[0m', '\x1b[33m', '\x1b[35m'
+    drawn = capsys.readouterr().out.split('\x1b[H\x1b[J')[1:]
+    expected = [f'{yellow}b{plain}a', f'{plain}b{yellow}c', *[f'{plain}b{plain}c'] * 5,
+                f'{violet}a{plain}c']
+    assert [text.split(f'{plain}\n')[0] for text in drawn] == expected
+
+
 def test_the_page_shows_every_frame(work):
     """A slider moved in a real browser reads back the very texts that --watch saw."""
     args = ['--steps=6', '--num_samples=2', '--prompt=</script> <b>&', '--html=page.html']
-    watched = good(run_here(work, 'sample.py', *args, '--watch')).split('\x1b[H\x1b[2J')[1:]
-    watched = [frame.rsplit('\n\n[call', 1)[0] for frame in watched]
+    said = run_on_terminal(work, 'sample.py', *args, '--watch')
+    before, drawn = said.split('\x1b[?1049h')
+    drawn, after = drawn.split('\x1b[?1049l')            # the other screen, left behind
+    assert '\x1b' not in before + after and '7 network calls' in after
+    assert drawn.count('\x1b[33m') > 9                   # tokens that changed
+    seen = re.sub(r'\x1b\[\d+m', '', drawn).split('\x1b[H\x1b[J')[1:]
+    seen = [frame.rsplit('\n\n[call', 1)[0] for frame in seen]
+    assert seen[-1][:32] in after
     page = (work / 'page.html').read_text(encoding='utf-8')
     assert 'http' not in page and page.count('</script>') == 1
     browsers = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
@@ -501,5 +518,5 @@ def test_the_page_shows_every_frame(work):
 
     def ascii(text):  # a token may be a part of a longer character
         return ''.join(c for c in text if ' ' <= c <= '~')
-    assert [ascii(f) for f in frames[-len(watched):]] == [ascii(w) for w in watched]
+    assert [ascii(f) for f in frames[-len(seen):]] == [ascii(w) for w in seen]
     assert len(ascii(frames[0])) > 12

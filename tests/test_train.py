@@ -544,7 +544,7 @@ def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, awa
         before = [p.detach().clone() for p in (v, w)]
         states = [str(optimizer.state) for optimizer in optimizers]
         scaler.scale((w * factor * torch.eye(3)).sum() + v.square().sum()).backward()
-        finite = train.clip_and_step(optimizers, scaler, [w, v])
+        finite = train.clip_and_step(optimizers, scaler, [w, v]).isfinite()
         assert bool(finite) == (step != 1)
         for p, old, optimizer, state in zip((v, w), before, optimizers, states):
             assert p.isfinite().all() and p.grad is None
@@ -628,3 +628,44 @@ def test_eight_rows_are_learnt_by_heart(monkeypatch):
     loaded = Loaded(model.eval(), None, dict(objective='duo', data=dict(vocab_size=32)))
     *_, x = denoise(loaded, torch.randint(32, (64, 12)), steps=32)
     assert (x[:, None] == rows).all(-1).any(-1).float().mean() > 0.9
+
+
+def test_what_a_run_says_and_logs(work):
+    said = (work / 'stdout').read_text()
+    assert 'step 6: the curriculum ends' in said
+    assert said.rstrip().splitlines()[-1].endswith('with --out_dir=out')
+    assert all(norm > 0 for norm in log(work / 'out', 'grad_norm'))
+    (loss, *_), quarters = log(work / 'out', 'val_loss'), [
+        log(work / 'out', f'val_loss_q{i}')[0] for i in (1, 2, 3, 4)]
+    assert loss == pytest.approx(sum(quarters) / 4, rel=1e-5) and len(set(quarters)) == 4
+    samples = (work / 'out' / 'samples.txt').read_text()
+    assert [line for line in samples.splitlines() if line.startswith('step ')] == ['step 4', 'step 8']
+    assert samples.count('network calls for 1 texts') == 2
+
+
+def test_wandb_is_named_after_out_dir_and_goes_on_as_the_same_run(work, tmp_path):
+    script = project_with(tmp_path, '')
+    args = [*QUICK, '--max_iters=2', '--log_interval=1', '--wandb_log', '--out_dir=wand']
+    one_line(run(work, script, *args), '--wandb_log', 'pip install wandb')
+    assert not (work / 'wand').exists()
+    (tmp_path / 'wandb.py').write_text('''
+import json
+from types import SimpleNamespace
+class Error(Exception):
+    pass
+def note(**values):
+    print(json.dumps(values), file=open('calls.jsonl', 'a'))
+def init(id=None, project=None, name=None, config=None, resume=None):
+    if project == 'none':
+        raise Error('no such project')
+    note(id=id, name=name, resume=resume, steps=config['max_iters'])
+    return SimpleNamespace(id=id or 'new-id', log=lambda record, step: note(**record))
+''')
+    good(run(work, script, *args))
+    good(run(work, script, *args, '--init_from=resume', '--max_iters=3'))
+    calls = [json.loads(line) for line in open(work / 'calls.jsonl')]
+    begun = [call for call in calls if 'resume' in call]
+    assert begun == [dict(id=None, name='wand', resume='allow', steps=2),
+                     dict(id='new-id', name='wand', resume='allow', steps=3)]
+    assert [call['step'] for call in calls if 'grad_norm' in call] == [1, 2, 3]
+    one_line(run(work, script, *args, '--out_dir=wand2', '--wandb_project=none'), 'no such project')
