@@ -2,8 +2,9 @@
 Pictures of runs:
 
     python plot.py out                 # out/curve.png: losses by step; train.py ends with it
-    python plot.py out out-ar          # compare.png: validation perplexity by tokens and by time
-    python plot.py --gen out out-dcd   # gen.png: Gen-PPL by sampling steps, and the frontier of
+    python plot.py out out-ar          # out/compare.png: bits per byte by tokens and by time, which
+                                       # compare between tokenizers, too
+    python plot.py --gen out out-dcd   # out/gen.png: Gen-PPL by sampling steps, and the frontier of
                                        # Gen-PPL and entropy, as eval.py --gen_ppl measured them
 """
 import argparse
@@ -71,14 +72,14 @@ def compare(out_dirs):
     for out_dir in out_dirs:
         settings, records = read_run(out_dir)
         rows = settings['batch_size'] * settings['gradient_accumulation_steps']
-        steps, seconds, ppl = columns(records, 'step', 'seconds', 'val_ppl')
+        steps, seconds, bpb = columns(records, 'step', 'seconds', 'val_bpb')
         tokens = steps * rows * settings['block_size']
-        left.plot(tokens / 1e6, ppl, '.-', label=out_dir)
-        right.plot(seconds / 60, ppl, '.-')
-    left.set(xlabel='million tokens', ylabel='validation perplexity', yscale='log')
+        left.plot(tokens / 1e6, bpb, '.-', label=out_dir)
+        right.plot(seconds / 60, bpb, '.-')
+    left.set(xlabel='million tokens', ylabel='validation, bits per byte')
     right.set(xlabel='minutes')
     left.legend()
-    return fig, 'compare.png'
+    return fig, f'{out_dirs[0]}/compare.png'
 
 
 def draw_gen(out_dirs):
@@ -92,12 +93,15 @@ def draw_gen(out_dirs):
             by_steps = [points[key] for key in sorted(points) if key[1] == 1]
             left.plot(*columns(by_steps, 'steps', 'gen_ppl'), 'o-',
                       label=f'{out_dir}, {sampler}')
-            right.plot(*columns(points.values(), 'entropy', 'gen_ppl'), 'o')
+            frontier = columns(points.values(), 'steps', 'entropy', 'gen_ppl')
+            right.plot(*frontier[1:], 'o')
+            for n, entropy, ppl in frontier.T:
+                right.annotate(f'{n:.0f}', (entropy, ppl))
     left.set(xlabel='sampling steps (temperature 1)', ylabel='Gen-PPL', xscale='log',
              yscale='log')
-    right.set(xlabel='unigram entropy of a sample, nats (all temperatures)')
+    right.set(xlabel='entropy of a sample, nats (numbers: steps)')
     fig.legend(loc='outside upper center')
-    return fig, 'gen.png'
+    return fig, f'{out_dirs[0]}/gen.png'
 
 
 def main():

@@ -30,8 +30,8 @@ def test_training_draws_its_curve(runs):
 
 @pytest.mark.parametrize('args, path', [
     ('out', 'out/curve.png'),
-    ('out judge', 'compare.png'),
-    ('--gen out', 'gen.png')])
+    ('out judge', 'out/compare.png'),
+    ('--gen out', 'out/gen.png')])
 def test_every_picture(runs, args, path):
     (runs / path).unlink(missing_ok=True)
     done = run(runs, 'plot.py', *args.split())
