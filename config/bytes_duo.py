@@ -11,3 +11,6 @@ curriculum_frac = 0.8
 gamma_max = -1.75
 cooldown_frac = 1 / 3
 eval_interval = 1000
+
+optimizer = 'adamw'
+learning_rate = 1.5e-3

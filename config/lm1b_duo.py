@@ -21,6 +21,7 @@ tau = 1e-3
 gamma_min = -3.5
 gamma_max = -1.75
 
+optimizer = 'adamw'
 learning_rate = 3e-4
 beta1 = 0.9
 beta2 = 0.999

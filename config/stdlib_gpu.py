@@ -13,6 +13,7 @@ n_embd = 384
 dropout = 0.1                # the 2.6M tokens are seen many times, which overfits without it
 
 curriculum_frac = 0.75
+optimizer = 'adamw'
 learning_rate = 1e-3
 max_iters = 4000
 warmup_iters = 200

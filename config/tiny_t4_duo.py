@@ -21,6 +21,7 @@ tau = 1e-3
 gamma_min = -3.55
 gamma_max = -1.85
 
+optimizer = 'adamw'
 learning_rate = 5e-4
 beta1 = 0.9
 beta2 = 0.999
