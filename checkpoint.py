@@ -324,11 +324,14 @@ def check_resume(out_dir, state, settings, config, token_files):
 
 
 def load_optimizer(optimizer, saved):
-    """Its state, but for the rates, which are this run's. ValueError where the shapes are not those
-    of its parameters, beyond which a fused step would read, or a counter of steps is negative."""
+    """Its state, but for the rates, which are this run's. ValueError where a part is missing, the
+    shapes are not those of its parameters, beyond which a fused step would read, or a counter of
+    steps is negative."""
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(saved | dict(param_groups=groups))
     for parameter, moments in optimizer.state.items():
+        if isinstance(optimizer, torch.optim.AdamW):
+            moments['exp_avg'], moments['exp_avg_sq']    # or a KeyError
         if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
             raise ValueError("the optimiser's state has other shapes than the weights")
         if moments.get('step', 0) < 0:

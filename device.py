@@ -13,8 +13,6 @@ def say(line):
     """print(), for a run that goes on without its console: the log file is what counts."""
     try:
         print(line, flush=True)
-    except UnicodeEncodeError:
-        say(ascii(line))                                 # a terminal that knows few letters
     except RuntimeError:
         pass                                             # a signal came while another line was said
     except OSError:                                      # gone, or full: this and all that follows,

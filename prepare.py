@@ -490,7 +490,7 @@ def main():
     for sources in sets:
         meta = prepare(sources, **settings)
         folder = os.path.join(settings['data_dir'], meta['name'])
-        print(f'{folder!r}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} '
+        print(f'{folder}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} '
               f'to validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}')
 
 

@@ -284,7 +284,7 @@ def main():
     dtype_name, autocast = pick_dtype(dtype, here)
     master = rank == 0
     lock = log_file = wandb_run = None
-    if master and not eval_only:
+    if master and not eval_only and Path(out_dir).exists():
         lock = lock_folder(out_dir)                      # before anything there is read
     start = where_to_start()
     torch.set_float32_matmul_precision('high')
@@ -373,7 +373,8 @@ def main():
             window = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
             hint = ': little noise, try a higher --gamma_max' if window[1] > 0.5 else ''
             say(f'curriculum: alpha from {window[0]:.3f} to {window[1]:.3f}{hint}')
-    if lock:
+    if master and not eval_only:
+        lock = lock or lock_folder(out_dir)              # a new one only now: a mistake leaves none
         if start != 'resume':
             lock = set_aside_older_run(out_dir, lock)
         log_file = open_log(out_dir, step)

@@ -374,3 +374,7 @@ def test_an_optimisers_state_of_other_shapes_is_refused():
     states[1]['state'][0]['step'] -= 9
     with pytest.raises(ValueError, match='negative'):
         load_optimizer(optimizer, states[1])
+    for part in ('step', 'exp_avg', 'exp_avg_sq'):
+        moments = {name: m for name, m in states[0]['state'][0].items() if name != part}
+        with pytest.raises(KeyError, match=part):
+            load_optimizer(optimizer, states[0] | dict(state={0: moments}))
