@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import (STATE, has_state, load_model, load_optimizer, load_state, lock_folder,
-                        open_log, save, step_files, write_card, write_model)
+                        open_log, save, set_aside_older_run, step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
 from helpers import equal, good, log, one_line, run, run_here
@@ -177,6 +178,17 @@ def test_a_folder_has_one_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, 'flock', no_locks)
     lock_folder(folder).close()
     assert f'{folder} cannot be locked (no locks here)' in capsys.readouterr().out
+
+
+def test_a_run_is_set_aside_under_its_own_name(tmp_path):
+    """A name may look like a pattern of strftime."""
+    folder = f'{tmp_path}/100%Y'
+    lock = lock_folder(folder)
+    write_step(folder, 4)
+    set_aside_older_run(folder, lock).close()
+    aside, new = sorted(tmp_path.iterdir(), key=has_state, reverse=True)
+    assert re.fullmatch(r'100%Y-2\d{7}-\d{6}', aside.name) and new.name == '100%Y'
+    assert load_state(aside)['step'] == 4 and not has_state(new)
 
 
 FOREIGN = ['not JSON', '[1]', '7', '{}', '{"step": "x"}', '{"step": null}', '', 'x"}', '\0}', '\xff}']
