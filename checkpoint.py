@@ -298,20 +298,15 @@ def append_log(file, record):
     for name, value in record.items():
         if type(value) is float and not math.isfinite(value):
             record[name] = None
-    file.write(json.dumps(record) + '\n')
-
-
-def changes(old, new):
-    """What of `new` is not so in `old`, in words."""
-    return ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in new.items()
-                     if value != old.get(name))
+    print(json.dumps(record), file=file)                 # eval.py's console may be closed
 
 
 def check_resume(out_dir, state, settings, config, token_files):
     """The settings that changed since state was written, in words; UserError if state is not of
     this very run."""
     old = state['settings']
-    changed = changes(old, settings)
+    changed = ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in settings.items()
+                        if value != old.get(name))
     if state['step'] < 0:
         raise ValueError('its step is negative')
     if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:

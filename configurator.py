@@ -1,7 +1,6 @@
 """Override files and --key=value for the settings at the top of a script, all of them checked."""
 import difflib
 import inspect
-import io
 import linecache
 import math
 import os
@@ -27,8 +26,7 @@ def run(main):
     """Call a script's main(). A UserError, a file that cannot be read or written, or a lack of
     memory becomes one line and exit status 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = sys.stdout or open(os.devnull, 'w')     # none where it is closed
-    if isinstance(sys.stdout, io.TextIOWrapper):         # to a terminal that knows few letters
+    if hasattr(sys.stdout, 'reconfigure'):               # a terminal may know few letters
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()

@@ -321,7 +321,9 @@ def train_bpe(texts, vocab_size, path):
         special_tokens=['<|endoftext|>'],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),   # so that any text can be spelled
         show_progress=False)
-    bpe.train_from_iterator((line for text in taught for line in LINE_ENDS.split(text)), trainer)
+    # in parts: learning from a long word, such as a genome, takes time by its length squared
+    bpe.train_from_iterator((part for text in taught for line in LINE_ENDS.split(text)
+                             for part in re.findall('(?s).{1,9999}', line)), trainer)
     bpe.save(str(path))
 
 

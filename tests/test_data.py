@@ -567,7 +567,7 @@ def test_what_goes_wrong_while_tokenising_leaves_nothing(notes, monkeypatch, pro
 
 
 def killed_at(call, notes):
-    """prepare.py on the notes, in a fork that dies at so many changes of folders, as by SIGKILL.
+    """prepare.py on the notes, in a fork that dies at so many changes of files, as by SIGKILL.
     True if it did die."""
     pid = os.fork()
     if pid == 0:
@@ -583,6 +583,7 @@ def killed_at(call, notes):
 
         for name in ('rename', 'unlink', 'rmdir', 'mkdir', 'sync'):
             setattr(os, name, deadly(getattr(os, name)))
+        Path.write_text = deadly(Path.write_text)
         ok('notes', '--tokenizer', 'bytes', cwd=notes)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

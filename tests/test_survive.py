@@ -99,6 +99,7 @@ def test_a_folder_with_a_living_run_is_left_alone(work):
     for start in ('scratch', 'resume', 'auto'):
         done = run_here(work, 'train.py', *args, f'--init_from={start}')
         one_line(done, 'alive is in use', f'host {socket.gethostname()}', f'process {first.pid}')
+    one_line(run_here(work, 'train.py', *args, '--dataset=none'), 'alive is in use')
     good(run_here(work, 'train.py', *args, '--eval_only'))
     assert first.poll() is None
     first.kill()
