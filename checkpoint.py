@@ -213,7 +213,8 @@ def build_model(info, weights, where):
         c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
         sizes = astuple(c)[:6]          # vocab_size to cond_dim
         fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
-        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
+        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1
+                and c.causal == (info['objective'] == 'ar')):
             raise ValueError('no network has such sizes')
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where} has a wrong config.json: {error!s:.200}: {info["model"]}')
