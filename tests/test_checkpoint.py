@@ -284,6 +284,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
     refused(lambda: write_model_of(model, tmp_path), tmp_path, 'not finite')
 
 
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(tmp_path):
+    state = write_step(tmp_path, 4)
+    ema = network()
+    ema.output_layer.linear.bias[7] = float('nan')
+    refused(lambda: save(tmp_path, state | dict(step=5), ema, info_of(ema), tmp_path),
+            'not finite at step 5', tmp_path)
+    assert load_state(tmp_path)['step'] == 4 and load_model(tmp_path)
+
+
 def write_model_of(model, folder):
     """Written by other code, which does not look."""
     write_model(folder, model.state_dict(), info_of(model), folder)
