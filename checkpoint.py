@@ -27,6 +27,7 @@ import time
 import zipfile
 import zlib
 from dataclasses import astuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -214,7 +215,8 @@ def build_model(info, weights, where):
         c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
         sizes = astuple(c)[:6]          # vocab_size to cond_dim
         fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
-        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
+        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1
+                and c.causal == (info['objective'] == 'ar')):
             raise ValueError('no network has such sizes')
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where} has a wrong config.json: {error!s:.200}: {info["model"]}')
@@ -299,20 +301,15 @@ def append_log(file, record):
     for name, value in record.items():
         if type(value) is float and not math.isfinite(value):
             record[name] = None
-    file.write(json.dumps(record) + '\n')
-
-
-def changes(old, new):
-    """What of `new` is not so in `old`, in words."""
-    return ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in new.items()
-                     if value != old.get(name))
+    print(json.dumps(record), file=file)                 # eval.py's console may be closed
 
 
 def check_resume(out_dir, state, settings, config, token_files):
     """The settings that changed since state was written, in words; UserError if state is not of
     this very run."""
     old = state['settings']
-    changed = changes(old, settings)
+    changed = ', '.join(f'{name} {old.get(name)} -> {value}' for name, value in settings.items()
+                        if value != old.get(name))
     if state['step'] < 0:
         raise ValueError('its step is negative')
     if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:
@@ -324,12 +321,19 @@ def check_resume(out_dir, state, settings, config, token_files):
     return changed
 
 
+OPTIMIZER_PARTS = dict(AdamW={'step', 'exp_avg', 'exp_avg_sq'}, Muon={'average'})
+
+
 def load_optimizer(optimizer, saved):
-    """The rates are this run's, not saved ones. ValueError where the shapes are not those
-    of its parameters, beyond which a fused step would read, or a counter of steps is negative."""
+    """The rates are this run's, not saved ones. ValueError where a part is missing, the shapes are
+    not those of its parameters, beyond which a fused step would read, or a counter of steps is
+    negative."""
+    needed = OPTIMIZER_PARTS.get(type(optimizer).__name__, set())
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(dict(state=saved, param_groups=groups))
     for parameter, moments in optimizer.state.items():
+        if not needed <= moments.keys():
+            raise ValueError(f"the optimiser's state lacks {', '.join(needed - moments.keys())}")
         if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
             raise ValueError("the optimiser's state has other shapes than the weights")
         if moments.get('step', 0) < 0:
@@ -345,6 +349,11 @@ def check_start(source, info, kind, meta):
         raise UserError(f'{source} has another tokenizer than the data ({difference}): prepare the '
                         f'text with python prepare.py TEXT --tokenizer={info["folder"]}/'
                         'tokenizer.json')
+
+
+def check_wandb():
+    if not find_spec('wandb'):
+        raise UserError('--wandb_log needs a package: pip install wandb')
 
 
 def start_wandb(out_dir, settings):

@@ -26,15 +26,17 @@ def run(main):
     """Call a script's main(). A UserError, a file that cannot be read or written, or a lack of
     memory becomes one line and exit status 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, 'reconfigure'):               # a terminal may know few letters
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(str(error))
     except (RuntimeError, MemoryError) as error:
-        lack = 'out of memory', "can't allocate", 'unable to allocate'     # CUDA, torch, numpy
-        if not any(words in str(error).lower() for words in lack):
+        lack = 'out of memory', "can't allocate"         # CUDA's words, and torch's
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in lack)):
             raise
-        sys.exit(f'not enough memory, try a smaller --batch_size: {error!s:.200}')
+        sys.exit(f'not enough memory, try a smaller --batch_size: {error!r:.200}')
     except KeyboardInterrupt:
         sys.exit('stopped')
 

@@ -40,7 +40,14 @@ def load_tokenizer(meta, folder):
         decode = lambda ids: bytes(ids).decode('utf-8', 'replace')
         size = lambda i: 1
     elif name == 'gpt2':
-        encode, decode, size = load_gpt2()
+        import tiktoken
+        try:
+            gpt2 = tiktoken.get_encoding('gpt2')
+        except (OSError, ValueError) as error:
+            raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
+                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
+        encode, decode = gpt2.encode_ordinary, gpt2.decode
+        size = lambda i: len(gpt2.decode_single_token_bytes(i))
     else:
         encode, decode, size = load_file(Path(folder, 'tokenizer.json'),
                                          meta.get('tokenizer_sha256'))
@@ -53,17 +60,6 @@ def load_tokenizer(meta, folder):
                            for document in documents)
 
     return Tokenizer(encode, decode_documents, size)
-
-
-def load_gpt2():
-    import tiktoken
-    try:
-        gpt2 = tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as error:
-        raise UserError(f'the gpt2 tokenizer could not be fetched ({type(error).__name__}): go '
-                        'online once, or set TIKTOKEN_CACHE_DIR to a folder that has it')
-    size = lambda i: len(gpt2.decode_single_token_bytes(i))
-    return gpt2.encode_ordinary, gpt2.decode, size
 
 
 def guarded(message, function, *args):

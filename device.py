@@ -19,8 +19,6 @@ def say(line):
         return
     try:
         print(line, flush=True)
-    except UnicodeEncodeError:
-        say(ascii(line))                                 # a terminal that knows few letters
     except RuntimeError:
         pass                                             # a signal came while another line was said
     except OSError:                                      # gone, or full: this and all that follows,

@@ -53,7 +53,7 @@ device = 'auto'
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
 
 CHECKS = CHECKS + [
-    ('draws', lambda v: v >= 1, 'at least 1'),
+    ('draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
     ('max_rows', lambda v: v >= 0, 'at least 0'),
     ('split', lambda v: v in ('train', 'val'), "'train' or 'val'"),
 ]

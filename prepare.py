@@ -44,7 +44,8 @@ text_key = 'text'             # where in a record the text is
 max_docs = 0                  # stop after so many documents
 max_tokens = 0                # stop at so many training tokens
 CHECKS = [
-    ('vocab_size max_docs max_tokens', lambda v: v >= 0, 'at least 0'),
+    ('max_docs max_tokens', lambda v: 0 <= v < 2 ** 63, 'at least 0 and below 2^63'),
+    ('vocab_size', lambda v: 0 <= v < 2 ** 20, 'at least 0 and below 2^20'),
     ('val_fraction', lambda v: 0 < v < 1, 'between 0 and 1'),
 ]
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens
@@ -320,7 +321,9 @@ def train_bpe(texts, vocab_size, path):
         vocab_size=vocab_size or min(VOCAB_SIZE, max(512, size // 256)),
         special_tokens=['<|endoftext|>'],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())   # so that any text can be spelled
-    bpe.train_from_iterator((line for text in taught for line in LINE_ENDS.split(text)), trainer)
+    # in parts: learning from a long word, such as a genome, takes time by its length squared
+    bpe.train_from_iterator((part for text in taught for line in LINE_ENDS.split(text)
+                             for part in re.findall('(?s).{1,9999}', line)), trainer)
     bpe.save(str(path))
 
 
@@ -488,9 +491,9 @@ def main():
         sets = [[name] for name in ZEROSHOT if not Path(settings['data_dir'], name).exists()]
     for sources in sets:
         meta = prepare(sources, **settings)
-        folder = os.path.join(settings['data_dir'], meta['name'])
-        print(f'{folder!r}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} '
-              f'to validate; {meta["tokenizer"]}, vocabulary {meta["vocab_size"]:,}')
+        print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train on,'
+              f' {meta["val_tokens"]:,} to validate; {meta["tokenizer"]}, vocabulary '
+              f'{meta["vocab_size"]:,}')
 
 
 if __name__ == '__main__':

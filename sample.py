@@ -73,7 +73,7 @@ dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': a
 
 T_END = 1e-5                 # the time from which the last call removes the noise that is left
 CHECKS = [
-    ('num_samples batch_size', lambda v: v >= 1, 'at least 1'),
+    ('num_samples batch_size', lambda v: 1 <= v < 2 ** 63, 'at least 1 and below 2^63'),
     ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
     ('seed', lambda v: 0 <= v < 2 ** 64, 'at least 0 and below 2^64'),
 ]
@@ -183,10 +183,10 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
 SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler, informed=informed)
 SAMPLER_CHECKS = [
     ('steps', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
-    ('temperature redraws', lambda v: v > 0, 'above 0'),
-    ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
+    ('temperature redraws', lambda v: v > 1e-30, 'above 1e-30'),      # float32 has no less
+    ('top_p', lambda v: 1e-30 < v <= 1, 'above 1e-30 and at most 1'),
     ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
-    ('alpha_min alpha_max', lambda v: 0 < v < 1, 'above 0 and below 1'),
+    ('alpha_min alpha_max', lambda v: 1e-30 < v < 1, 'above 1e-30 and below 1'),
     ('sampler', lambda v: v in ['auto', *SAMPLERS], 'auto, ' + ', '.join(SAMPLERS)),
     ('psi', lambda v: v in ('rescale', 'cap'), 'rescale or cap'),
 ]

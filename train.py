@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from configurator import UserError, configure, run
@@ -29,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import (UNREADABLE, append_log, check_resume, check_start, has_state, load_model,
-                        load_optimizer, load_state, lock_folder, open_log, save,
+from checkpoint import (UNREADABLE, append_log, check_resume, check_start, check_wandb, has_state,
+                        load_model, load_optimizer, load_state, lock_folder, open_log, save,
                         set_aside_older_run, start_wandb, write_card)
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_mask, num_rows)
@@ -113,7 +112,6 @@ CHECKS = [
     ('curriculum_k', lambda v: v >= 2, 'at least 2'),
     ('objective', lambda v: v in ('duo', 'dcd', 'mdlm', 'ar'), 'duo, dcd, mdlm or ar'),
     ('optimizer', lambda v: v in ('adamw', 'muon'), 'adamw or muon'),
-    ('wandb_log', lambda v: not v or find_spec('wandb'), 'False, or first: pip install wandb'),
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -286,9 +284,11 @@ def main():
     dtype_name, autocast = pick_dtype(dtype, here)
     master = rank == 0
     lock = log_file = wandb_run = None
-    if master and not eval_only:
+    if master and not eval_only and Path(out_dir).exists():
         lock = lock_folder(out_dir)                      # before anything there is read
     start = where_to_start()
+    if wandb_log:
+        check_wandb()
     torch.set_float32_matmul_precision('high')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all '
@@ -372,7 +372,8 @@ def main():
         f'({meta["tokenizer"]}, vocabulary {vocab_size})')
     if in_curriculum(step):
         say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
-    if lock:
+    if master and not eval_only:
+        lock = lock or lock_folder(out_dir)              # a new one only now: a mistake leaves none
         if start != 'resume':
             lock = set_aside_older_run(out_dir, lock)
         log_file = open_log(out_dir, step)

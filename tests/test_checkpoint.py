@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import (STATE, has_state, load_model, load_optimizer, load_state, lock_folder,
-                        open_log, save, step_files, write_card, write_model)
+                        open_log, save, set_aside_older_run, step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
 from helpers import equal, good, log, one_line, run, run_here
@@ -179,6 +180,17 @@ def test_a_folder_has_one_run(tmp_path, monkeypatch, capsys):
     assert f'{folder} cannot be locked (no locks here)' in capsys.readouterr().out
 
 
+def test_a_run_is_set_aside_under_its_own_name(tmp_path):
+    """A name may look like a pattern of strftime."""
+    folder = f'{tmp_path}/100%Y'
+    lock = lock_folder(folder)
+    write_step(folder, 4)
+    set_aside_older_run(folder, lock).close()
+    aside, new = sorted(tmp_path.iterdir(), key=has_state, reverse=True)
+    assert re.fullmatch(r'100%Y-2\d{7}-\d{6}', aside.name) and new.name == '100%Y'
+    assert load_state(aside)['step'] == 4 and not has_state(new)
+
+
 FOREIGN = ['not JSON', '[1]', '7', '{}', '{"step": "x"}', '{"step": null}', '', 'x"}', '\0}', '\xff}']
 
 
@@ -231,7 +243,7 @@ def test_a_wrong_field_is_named(tmp_path):
         write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
         rewrite(tmp_path, **change)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json', *change)
-    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {})):
+    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {}), ('objective', 'ar')):
         write_model(tmp_path, model.state_dict(), info_of(model, **{entry: value}), tmp_path)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json')
     older = asdict(model.config)
@@ -270,6 +282,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
     write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
     model.output_layer.linear.bias[7] = bad
     refused(lambda: write_model_of(model, tmp_path), tmp_path, 'not finite')
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(tmp_path):
+    state = write_step(tmp_path, 4)
+    ema = network()
+    ema.output_layer.linear.bias[7] = float('nan')
+    refused(lambda: save(tmp_path, state | dict(step=5), ema, info_of(ema), tmp_path),
+            'not finite at step 5', tmp_path)
+    assert load_state(tmp_path)['step'] == 4 and load_model(tmp_path)
 
 
 def write_model_of(model, folder):
@@ -374,3 +395,7 @@ def test_an_optimisers_state_of_other_shapes_is_refused():
     states[1][0]['step'] -= 9
     with pytest.raises(ValueError, match='negative'):
         load_optimizer(optimizer, states[1])
+    for part in ('step', 'exp_avg', 'exp_avg_sq'):
+        moments = {name: m for name, m in states[1][0].items() if name != part}
+        with pytest.raises(ValueError, match=f'lacks {part}'):
+            load_optimizer(optimizer, {0: moments})

@@ -7,7 +7,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import configurator
 import train
@@ -469,16 +471,35 @@ def test_random_arguments(file, capsys):
     assert 30 < good < 270  # both ends are worth something
 
 
-@pytest.mark.parametrize('message, one_line', [
-    ('CUDA out of memory. Tried to allocate 9 GiB', True),
-    ("DefaultCPUAllocator: can't allocate memory", True),
-    ('CUDA error: an illegal memory access was encountered', False)])
-def test_a_lack_of_memory_is_one_line_and_a_bug_is_not(message, one_line):
-    def main():
-        raise RuntimeError(message)
+def fails_with(message):
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize('call, one_line', [
+    (lambda: torch.empty(2 ** 58), True),
+    (lambda: np.empty(2 ** 58), True),
+    (lambda: bytearray(2 ** 62), True),                  # a MemoryError without a word
+    (lambda: fails_with('CUDA out of memory. Tried to allocate 9 GiB'), True),
+    (lambda: fails_with('CUDA error: an illegal memory access was encountered'), False)])
+def test_a_lack_of_memory_is_one_line_and_a_bug_is_not(call, one_line):
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(SystemExit if one_line else RuntimeError, match='memory'):
-            configurator.run(main)
+        with pytest.raises(SystemExit if one_line else RuntimeError) as end:
+            configurator.run(call)
     finally:
         signal.signal(signal.SIGINT, handler)
+    assert str(end.value).startswith('not enough memory') == one_line
+
+
+@pytest.mark.parametrize('script', 'train sample eval prepare convert plot bench'.split())
+def test_ctrl_c_while_a_script_loads_is_no_traceback(tmp_path, script):
+    for name in ('torch', 'numpy', 'matplotlib'):        # found before the real ones
+        (tmp_path / f'{name}.py').write_text(
+            "import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    process = subprocess.Popen(
+        [sys.executable, ROOT / f'{script}.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)), preexec_fn=listen)
+    assert process.stdout.readline() == 'loading\n'
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == '' and process.returncode == -signal.SIGINT

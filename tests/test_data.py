@@ -489,6 +489,9 @@ def test_bad_input(notes):
         ('--val_fraction', 'notes', '--val_fraction', 'half'),
         ('--tokenizer', 'notes', '--tokenizer', 'words', '--name', 'x'),
         ('--max_docs=-1: must be', 'notes', '--max_docs=-1'),
+        ('--max_docs', 'notes', '--max_docs', 2 ** 63),
+        ('--max_tokens', 'notes', '--max_tokens', 2 ** 63),
+        ('--vocab_size', 'notes', '--vocab_size', 10 ** 11),
         ('--split is not a setting', 'notes', '--split', 'x'),
         ('--name needs a value', 'notes', '--name'),
         ('dot.txt', 'notes', '--data_dir', 'dot.txt'),
@@ -567,7 +570,7 @@ def test_what_goes_wrong_while_tokenising_leaves_nothing(notes, monkeypatch, pro
 
 
 def killed_at(call, notes):
-    """prepare.py on the notes, in a fork that dies at so many changes of folders, as by SIGKILL.
+    """prepare.py on the notes, in a fork that dies at so many changes of files, as by SIGKILL.
     True if it did die."""
     pid = os.fork()
     if pid == 0:
@@ -583,6 +586,7 @@ def killed_at(call, notes):
 
         for name in ('rename', 'unlink', 'rmdir', 'mkdir', 'sync'):
             setattr(os, name, deadly(getattr(os, name)))
+        Path.write_text = deadly(Path.write_text)
         ok('notes', '--tokenizer', 'bytes', cwd=notes)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

@@ -165,6 +165,22 @@ def test_soft_tokens_against_the_dense_softmax(K, k, tau, gamma):
     assert abs(own.mean() - mass.mean()) < 4 * error + 1e-7
 
 
+def test_what_the_weights_lack_is_the_mass_of_all_other_tokens(K=7, k=5, tau=0.8):
+    """In units of exp(noise): as many tokens as are left, each a normal below the last one drawn."""
+    x0, gamma = torch.randint(K, (20, 6)), torch.linspace(-2, 1, 20).unsqueeze(-1)
+    torch.manual_seed(5)
+    ids, weights, _ = soft_tokens(x0, gamma, tau, K, k)
+    torch.manual_seed(5)
+    cut = largest_normals(x0.shape, K - 1, k - 1, 'cpu')[..., -1:].clone()
+    last = weights.masked_fill(ids == x0.unsqueeze(-1), 2).amin(-1)      # the weight of that one
+    b = gaussian_scales(gamma)[1] / tau
+    ours = (1 - weights.sum(-1, dtype=torch.float64)) / last * torch.exp(b * cut.squeeze(-1))
+    z = cut - torch.linspace(0, 12, 20_001, dtype=torch.float64)
+    phi = torch.exp(-z * z / 2)
+    exact = (K - k) * (phi * torch.exp(b.unsqueeze(-1) * z)).sum(-1) / phi.sum(-1)
+    assert (ours / exact - 1).abs().max() < 1e-2
+
+
 def test_soft_tokens_become_one_hot_as_tau_vanishes():
     x0 = torch.randint(1000, (50, 20))
     _, weights, zt = soft_tokens(x0, torch.full((50, 1), -2.5), 1e-9, 1000, 4)

@@ -182,7 +182,8 @@ def test_a_repeated_token_has_no_entropy():
 
 @pytest.mark.parametrize('args, said', [
     ('--split=test', 'split'),
-    ('--draws=0', 'at least 1'),
+    ('--draws=0', 'from 1 to'),
+    ('--draws=100000000000000000000', 'from 1 to'),
     ('--length=1', 'length'),
     ('--out_dir=nowhere', 'nowhere'),
     ('--dataset=none', 'prepare.py'),

@@ -1,9 +1,12 @@
 """model.py against the authors' DiT (its weights copied in), and every recipe's model."""
+import os
+
 import pytest
 import torch
 
 import train
 from configurator import UserError, configure
+from device import check_memory
 from helpers import ROOT, reference
 from model import DiT, DiTConfig
 
@@ -92,3 +95,27 @@ def test_every_recipe_builds_its_model(recipe):
 def test_a_width_the_heads_do_not_divide_is_one_line():
     with pytest.raises(UserError, match='n_embd'):
         DiT(DiTConfig(n_embd=100, n_head=8))
+
+
+@pytest.mark.parametrize('config', [
+    DiTConfig(50257, 8, 2, 2, 64, 64), DiTConfig(99, 8, 40, 2, 64, 8), DiTConfig(99, 8, 2, 2, 512, 8),
+    DiTConfig(99, 8, 2, 2, 64, 4096), DiTConfig(99, 8, 40, 2, 64, 512)])
+def test_the_memory_that_is_asked_for_first_is_the_least_that_training_takes(monkeypatch, config):
+    """Weights, gradients and two moments, in float32, whichever size they come from; and of a large
+    batch what the layers give."""
+    with torch.device('meta'):
+        n_weights = DiT(config).num_params()
+
+    def refused(memory, batch_size=1):
+        sizes = dict(SC_PAGE_SIZE=1, SC_PHYS_PAGES=memory)
+        monkeypatch.setattr(os, 'sysconf', sizes.get)
+        try:
+            check_memory(config, batch_size, 'cpu')
+        except UserError:
+            return True
+
+    outputs = 8 * config.n_layer * config.n_embd         # of one row
+    assert refused(int(0.85 * 16 * n_weights))
+    assert not refused(16 * n_weights + 4 * outputs)
+    many = 4 * n_weights // outputs + 1
+    assert refused(16 * n_weights, many) and not refused(32 * n_weights + 4 * outputs, many)

@@ -218,6 +218,8 @@ def test_max_tokens_cuts_the_document_that_reaches_them(tmp_path):
     assert (tmp_path / 'data/d/train.bin').read_bytes() == as_tokens(texts)[:10_000]
     meta, _ = load_data(tmp_path / 'data/d')
     assert meta['train_tokens'] == 5000 and meta['val_documents'] > 0
+    ends = np.cumsum([len(as_tokens([text])) // 2 for text in texts])
+    assert meta['train_documents'] == 1 + (ends < 5000).sum()            # nor is more read
 
 
 @pytest.mark.parametrize('end', ['\n', '\n\n'])
@@ -472,6 +474,13 @@ def test_pieces_of_a_document_give_the_tokens_of_the_whole(tmp_path, monkeypatch
     assert sum((encode(part) for part, _, _ in cut), []) == encode(text)
     assert long == ('x' * 700, True, True)  # no place is safe
     assert empty == ('', True, False)
+
+
+def test_a_bpe_learns_from_a_long_word(tmp_path):
+    """In a second, where its length squared would be hours."""
+    prepare.train_bpe(['x' * 3_000_000], 0, tmp_path / 'tokenizer.json')
+    vocab = json.loads((tmp_path / 'tokenizer.json').read_text())['model']['vocab']
+    assert 'x' * 1024 in vocab and len(vocab) < 300
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Runs that are killed, pre-empted, resized and fed with bad numbers, through the command line."""
-import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from checkpoint import load_state, step_files
-from device import say
 from helpers import (ROOT, TINY, checkpoint, equal, good, log, one_line, project_with, rewind,
-                     run_here, run_ranks, wrapped_loss)
+                     run, run_here, run_ranks, wrapped_loss)
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 QUICK = [*TINY, '--num_samples=0']
@@ -100,6 +99,7 @@ def test_a_folder_with_a_living_run_is_left_alone(work):
     for start in ('scratch', 'resume', 'auto'):
         done = run_here(work, 'train.py', *args, f'--init_from={start}')
         one_line(done, 'alive is in use', f'host {socket.gethostname()}', f'process {first.pid}')
+    one_line(run_here(work, 'train.py', *args, '--dataset=none'), 'alive is in use')
     good(run_here(work, 'train.py', *args, '--eval_only'))
     assert first.poll() is None
     first.kill()
@@ -122,11 +122,21 @@ def test_a_run_goes_on_without_its_console(work, console):
     assert checkpoint(work / out)['step'] == 4
 
 
-def test_a_terminal_of_few_letters(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
-    say('naïve')
-    assert raw.getvalue() == b"'na\\xefve'\n"
+def test_a_terminal_of_few_letters(work):
+    """All that a script says is said, with escapes; so do those that train.py starts."""
+    env = os.environ | dict(PYTHONIOENCODING='ascii')
+    prepared = good(run(work, 'prepare.py', 'tiny.txt', '--tokenizer=bytes', '--name=naïve', env=env))
+    assert prepared.startswith('data/na\\xefve: ')
+    done = run(work, 'train.py', *TINY, '--max_iters=1', '--out_dir=naïve', '--dataset=naïve', env=env)
+    said = good(done)
+    assert 'wrote na\\xefve/curve.png' in said and 'network calls' in said and not done.stderr
+    assert '1 rows of na\\xefve/val' in good(run(work, 'eval.py', '--out_dir=naïve', '--max_rows=1', env=env))
+
+
+def test_an_evaluation_goes_on_without_its_console(work):
+    done = subprocess.run(['bash', '-c', '"$@" >&-', '-', sys.executable, ROOT / 'eval.py',
+                           '--max_rows=1'], cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == '', done.stderr
 
 
 def test_torchrun_passes_the_signal_on(work):

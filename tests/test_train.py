@@ -113,6 +113,7 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
     (['--init_from=there'], ['there']),
+    (['--init_from=resume'], ['no checkpoint in never']),
     (['--init_from=out', '--objective=ar'], ['out is a network for duo, not for ar']),
     (['--init_from=out', '--dataset=bpe'], ['vocab_size 256 and 300', 'bytes and bpe', 'out/tokenizer.json']),
     ([f'--seed={2**64}'], ['seed']),
@@ -137,7 +138,7 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--learning_rate=fast'], ['float'])])
 def test_train_refuses_in_one_line(work, bpe, args, parts):
     one_line(run_here(work, 'train.py', *TINY, '--out_dir=never', *args), *parts)
-    assert not (work / 'never' / 'last.pt').exists()
+    assert not (work / 'never').exists()                 # nor is an empty folder left
 
 
 @pytest.fixture(scope='module')
