@@ -321,7 +321,7 @@ def check_resume(out_dir, state, settings, config, token_files):
     return changed
 
 
-OPTIMIZER_PARTS = dict(AdamW={'step', 'exp_avg', 'exp_avg_sq'}, Muon={'average'})
+OPTIMIZER_PARTS = dict(AdamW={'exp_avg', 'exp_avg_sq'}, Muon={'average'})
 
 
 def load_optimizer(optimizer, saved):

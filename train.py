@@ -44,7 +44,7 @@ from muon import Muon
 # --- files and intervals, in steps
 out_dir = 'out'
 data_dir = 'data'
-eval_interval = 600          # validate, and write a checkpoint
+eval_interval = 500          # validate, and write a checkpoint
 checkpoint_interval = 0      # write one at these steps too; 0: at no others
 checkpoint_minutes = 15.0    # and whenever the last is this old; 0: never for that
 keep_last = 2                # checkpoints to keep, in case the newest is damaged
@@ -71,7 +71,7 @@ cond_dim = 128               # width of the time embedding
 dropout = 0.0
 # --- diffusion
 objective = 'duo'            # 'dcd' distils a Duo (init_from); baselines: 'mdlm' (masked), 'ar'
-curriculum_frac = 1450 / 1800  # share of the run on softened Gaussian latents, first; 0 is UDLM
+curriculum_frac = 0.8        # share of the run on softened Gaussian latents, first; 0 is UDLM
 tau = 1e-3                   # the softmax's temperature meanwhile
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the curriculum's window
 gamma_max = -2.25
@@ -80,12 +80,12 @@ dcd_rounds = 5               # distillation: the teacher is renewed at the start
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each doubles it, up to 1
 dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
 # --- optimiser
-optimizer = 'adamw'          # 'muon': Muon for the matrices of the blocks, AdamW for all else
-learning_rate = 1.5e-3       # of AdamW
+optimizer = 'muon'           # for the matrices of the blocks, AdamW for all else; 'adamw': only it
+learning_rate = 3e-3         # of AdamW
 muon_lr = 2e-3               # of Muon, on AdamW's scale: its updates have the same size
-max_iters = 1800
+max_iters = 1500
 warmup_iters = 40            # linear from zero, then constant
-cooldown_frac = 700 / 1800   # share of the run, at its end, that goes linearly to zero
+cooldown_frac = 0.4          # share of the run, at its end, that goes linearly to zero
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99

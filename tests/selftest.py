@@ -24,8 +24,8 @@ N_SAMPLES = 256
 STEPS = 3
 # the settings of train.py that a check changes; the first step is in the curriculum, the last not
 SETTINGS = dict(curriculum_frac=0.5, tau=1e-3, gamma_min=-3.5, gamma_max=-2.25, curriculum_k=5,
-                dcd_rounds=1, dcd_delta=1 / 8, learning_rate=1e-2, beta1=0.9, beta2=0.99,
-                weight_decay=0.0, grad_clip=1.0, max_iters=2 * STEPS)
+                dcd_rounds=1, dcd_delta=1 / 8, optimizer='adamw', learning_rate=1e-2, beta1=0.9,
+                beta2=0.99, weight_decay=0.0, grad_clip=1.0, max_iters=2 * STEPS)
 OBJECTIVES = {'duo, curriculum': ('duo', 0), 'duo, discrete': ('duo', STEPS),
               'distillation': ('dcd', 0), 'mdlm': ('mdlm', 0), 'ar': ('ar', 0)}
 TOLERANCE = dict(float32=1e-3, float16=0.01, bfloat16=0.03)          # relative, of a loss

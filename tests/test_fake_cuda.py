@@ -11,7 +11,7 @@ import selftest
 import train
 from diffusion import evaluate, nelbo, stratified_times
 from fake_cuda import DeviceWait, fake_cuda
-from helpers import TINY, good, one_line, project_with, run, run_here
+from helpers import ROOT, TINY, good, one_line, project_with, run, run_here
 from model import DiT, DiTConfig
 from sample import Loaded, denoise
 
@@ -70,6 +70,7 @@ def build_optimizer(model):
     return [torch.optim.SGD(model.parameters(), lr=1e-3)]
 """
     script = project_with(tmp_path, waits).with_name('bench.py')
+    (tmp_path / 'tests').symlink_to(ROOT / 'tests')
     one_line(run(tmp_path, script, *args), 'waits for the GPU', 'if can_skip or finite')
 
 

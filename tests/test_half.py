@@ -30,7 +30,7 @@ def close(folder, exact, tolerance):
         assert half == pytest.approx(single, rel=rel)
     half, single = log(folder, 'val_loss'), log(exact, 'val_loss')
     assert half == pytest.approx(single, rel=tolerance) and len(single) == 4
-    assert single[-1] < 0.9 * single[0]                  # it learns
+    assert single[-1] < 0.95 * single[0]                 # it learns
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('bfloat16', 0.06), ('float16', 0.015)])

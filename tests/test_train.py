@@ -162,7 +162,7 @@ def test_a_model_of_other_sizes_is_trained_on_another_text(work):
     first = torch.load(work / 'tuned' / 'step-00000001.pt')
     far = {name: (w - first['weights'][name]).abs().max() for name, w in
            checkpoint(work / 'out')['ema'].items()}
-    assert max(far.values()) < 1e-3                      # one step from where it began
+    assert max(far.values()) < 2e-3                      # one step from where it began
     rewind(work / 'tuned', work / 'retuned', 2)
     good(run_here(work, 'train.py', *args, '--out_dir=retuned'))
     same_bits(work / 'tuned', work / 'retuned')
@@ -252,7 +252,7 @@ torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
     assert all(loss is None or math.isfinite(loss) for loss in losses)
     state = checkpoint(work / 'overflow')
     assert state['counts'][2] == count and state['scaler']['scale'] == 2.0 ** (24 - count)
-    (adamw,) = state['optimizers']
+    adamw, _ = state['optimizers']
     assert all(s['step'] == 12 - count for s in adamw.values())
 
 
