@@ -1,11 +1,13 @@
 """
-Evaluate a model: the negative log-likelihood of held-out text, or a judge's view of its samples:
+Evaluate a model: the negative log-likelihood of held-out text, a judge's view of its samples, or
+the tasks of lm_eval:
 
     python eval.py --out_dir=out --draws=4                     # NLL, BPD, PPL, their standard error
     torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo  # the same, shared by 8 processes
     python eval.py --dataset=ptb                               # on another data set: zero-shot
     python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR run
     python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by one of the Hugging Face hub
+    python eval.py --lm_eval=hellaswag,piqa                    # after pip install lm_eval
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
@@ -48,12 +50,16 @@ sampler = 'ancestral'        # as published; see sample.py
 steps = '8,32,128'           # numbers of sampling steps, with commas between them
 temperature = '1.0'          # temperatures likewise
 seed = 1337
+# --- tasks of lm_eval
+lm_eval = ''                 # their names, with commas; --max_rows questions of each
+lm_eval_tasks = ''           # a folder with tasks of your own (YAML)
+lm_eval_draws = 32           # noise levels for each answer
 # --- system
 device = 'auto'
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
 
 CHECKS = CHECKS + [
-    ('draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
+    ('draws lm_eval_draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
     ('max_rows', lambda v: v >= 0, 'at least 0'),
     ('split', lambda v: v in ('train', 'val'), "'train' or 'val'"),
 ]
@@ -154,18 +160,23 @@ def hub_judge(name, tokenizer, eos_id, device):
     return score
 
 
-def judge_samples(loaded, autocast):
-    """Samples by each number of steps at each temperature, and their figures: a list of dicts."""
-    info = loaded.info
-    T = text_length(info, length, num_samples)
+def sampling_trials(info, T):
+    """The samplers' options of each number of steps at each temperature: a list of dicts."""
     all_steps = [T - 1] if info['objective'] == 'ar' else steps.split(',')
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     try:
-        trials = [choose_sampler(info, options | {'steps': int(n), 'temperature': float(t)})
-                  for n in all_steps for t in temperature.split(',')]
+        return [choose_sampler(info, options | {'steps': int(n), 'temperature': float(t)})
+                for n in all_steps for t in temperature.split(',')]
     except ValueError:
         raise UserError(f'--steps={steps} --temperature={temperature}: give numbers with commas '
                         'between, like 8,32')
+
+
+def judge_samples(loaded, autocast):
+    """Samples of each of sampling_trials, and their figures: a list of dicts."""
+    info = loaded.info
+    T = text_length(info, length, num_samples)
+    trials = sampling_trials(info, T)
     if 'objective' in read_config(gen_ppl):              # a folder of ours
         judge = our_judge(gen_ppl, info, device)
     else:
@@ -202,16 +213,34 @@ def judge_samples(loaded, autocast):
     return results
 
 
+def evaluate_tasks(loaded):
+    """The figures of lm_eval's tasks, a dict. They generate by the last of sampling_trials."""
+    try:
+        from harness import run_tasks
+    except ImportError as error:
+        raise UserError(f'--lm_eval={lm_eval}: pip install lm_eval ({error})')
+    options = sampling_trials(loaded.info, loaded.info['model']['block_size'])[-1]
+    figures = run_tasks(loaded, lm_eval.split(','), lm_eval_tasks, max_rows, lm_eval_draws, options)
+    for name, value in figures.items():
+        print(f'{name} {value:.4f}')
+    return dict(out_dir=out_dir, objective=loaded.info['objective'], **figures)
+
+
 def main():
     global out_dir, device
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS))
     out_dir = init_from or out_dir
     device, rank, world = start_distributed(pick_device(device))
     autocast = pick_dtype(dtype, device)[1]
-    if gen_ppl:
+    if gen_ppl or lm_eval:
         if world > 1:
-            raise UserError('--gen_ppl runs in one process: start it without torchrun')
-        print(json.dumps(judge_samples(load(out_dir, device), autocast)))
+            raise UserError('--gen_ppl and --lm_eval run in one process: start without torchrun')
+        loaded = load(out_dir, device)
+        if gen_ppl:
+            print(json.dumps(judge_samples(loaded, autocast)))
+        else:
+            with autocast:
+                append_log(sys.stdout, evaluate_tasks(loaded))
         return
     with autocast:
         result = likelihood(*load_model(out_dir, device=device), rank, world)
