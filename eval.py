@@ -19,6 +19,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from itertools import groupby
 
 from configurator import UserError, configure, progress, run
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 
 from checkpoint import append_log, load_model, read_config
-from data import get_batch, likelihood_figures, load_data, num_rows, tokenizer_difference
+from data import (get_batch, get_rows, likelihood_figures, load_data, num_rows,
+                  tokenizer_difference)
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
 from sample import (CHECKS, SAMPLER_OPTIONS, choose_sampler, denoise, describe_sampler, load,
@@ -65,27 +67,32 @@ CHECKS = CHECKS + [
 ]
 
 
-def likelihood(model, info, rank, world):
-    """The figures of the metric on the chosen split, a dict."""
-    objective = info['objective']
-    block_size = info['model']['block_size']
+def held_out(info):
+    """The data set's name, its meta and the stream of the chosen split."""
     name = dataset or info['settings'].get('dataset')
     if not name:
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
     meta, data = load_data(f'{data_dir}/{name}')
     if tokenizer_difference(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
-    stream = data[split]
+    return name, meta, data[split]
+
+
+def likelihood(model, info, rank, world):
+    """The figures of the metric on the chosen split, a dict."""
+    objective = info['objective']
+    block_size = info['model']['block_size']
+    name, meta, stream = held_out(info)
     # 1. ROWS, shuffled, as the times grow with a row's number
     n_rows = num_rows(stream, block_size)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
     np.random.default_rng(seed).shuffle(rows)
 
-    def get_rows(numbers):               # all rows, `draws` times over
+    def draw_rows(numbers):              # all rows, `draws` times over
         return get_batch(stream, rows.take(numbers, mode='wrap'), block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, meta['vocab_size'], get_rows, len(rows) * draws, batch_size,
+    nats = evaluate(model, objective, meta['vocab_size'], draw_rows, len(rows) * draws, batch_size,
                     meta['pad_id'], device, rank, world)
     nats = nats.view(draws, -1).mean(0)
     line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
@@ -117,6 +124,33 @@ def diversity(rows):
         grams = list(zip(row, row[1:], row[2:], row[3:]))
         repetition += 1 - len(set(grams)) / (len(grams) or 1)
     return dict(entropy=entropy / len(rows), repetition=repetition / len(rows))
+
+
+def shared_ngrams(rows, others):
+    """MS-Jaccard (Montahaei et al., arXiv 1904.03971) of two lists of as many token rows, from 0 to
+    1: the share of the n-grams of both, counted, that they have in common; the geometric mean of
+    that for n = 1 and 2. Neither likely nor diverse text alone has much of it."""
+    shares = []
+    for n in (1, 2):
+        a, b = (Counter(gram for row in some for gram in zip(*(row[i:] for i in range(n))))
+                for some in (rows, others))
+        shares.append((a & b).total() / ((a | b).total() or 1))
+    return math.prod(shares) ** 0.5
+
+
+def two_halves(info, T):
+    """Two lists of num_samples held-out rows, or fewer where there are not so many: what the
+    samples are compared with, and what that is compared with. A line, and nothing in them, where
+    there is no data set."""
+    try:
+        _, meta, stream = held_out(info)
+        n_rows = num_rows(stream, T)
+    except UserError as error:
+        print(f'n-grams are not compared with held-out text: {error}')
+        return [], []
+    n = min(num_samples, n_rows // 2)
+    rows = get_rows(stream, np.linspace(0, n_rows - 1, 2 * n, dtype=int), T, meta).tolist()
+    return rows[:n], rows[n:]
 
 
 def our_judge(folder, info, device):
@@ -181,6 +215,7 @@ def judge_samples(loaded, autocast):
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
+    real, other = two_halves(info, T)
     folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
     with open(f'{folder}/gen.jsonl', 'a', buffering=1) as file:
@@ -206,9 +241,15 @@ def judge_samples(loaded, autocast):
                 raise UserError(f'--gen_ppl={gen_ppl}: the judge finds a perplexity of '
                                 f'{r["gen_ppl"]}')
             results.append(r)
+            shared = ''
+            if real:
+                r['shared_ngrams'] = shared_ngrams(rows[:len(real)], real)
+                r['shared_ngrams_real'] = shared_ngrams(other, real)
+                shared = f'n-grams shared {r["shared_ngrams"]:.3f} (real text ' \
+                         f'{r["shared_ngrams_real"]:.3f}), '
             print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
                   f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
-                  f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
+                  f'{r["repetition"]:.3f}, {shared}{r["samples_per_s"]:.2f} samples/s', flush=True)
             append_log(file, r)
     return results
 
