@@ -1,13 +1,14 @@
 """eval.py and the baselines through the command line."""
 import json
 import math
+import random
 import shutil
 
 import pytest
 import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
-from eval import diversity, hub_judge, our_judge
+from eval import diversity, hub_judge, our_judge, shared_ngrams
 from helpers import TINY, good, log, one_line, project_with, run, run_here
 
 
@@ -104,6 +105,7 @@ def test_samples_are_judged_by_our_own_ar_model(baselines):
             assert r['gen_ppl'] > 1
             assert 0 <= r['repetition'] < 1
             assert r['samples_per_s'] > 0
+            assert 0 < r['shared_ngrams'] < 1 and 0 < r['shared_ngrams_real'] < 1
         cold, warm = results[0], results[1]
         assert cold['temperature'] == 0.5
         assert cold['entropy'] < warm['entropy'] + 0.5
@@ -178,6 +180,39 @@ def test_a_repeated_token_has_no_entropy():
     assert diversity([rich])['repetition'] == 0
     assert diversity([dull, rich])['entropy'] == pytest.approx(math.log(64) / 2)
     assert diversity([[1, 2, 3, 4, 1, 2, 3, 4]])['repetition'] == pytest.approx(1 / 5)
+
+
+def text_of_a_language(seed, n=40, T=100):
+    """Rows in which the next token is one of two, by the last one."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        row = [0]
+        while len(row) < T:
+            row.append((2 * row[-1] + draw.choice([1, 1, 1, 5])) % 50)
+        rows.append(row)
+    return rows
+
+
+def test_real_text_shares_most_ngrams():
+    real, other = text_of_a_language(1), text_of_a_language(2)
+    ceiling = shared_ngrams(other, real)
+    assert ceiling < shared_ngrams(real, real) == 1
+    draw = random.Random(3)
+    shuffled = [draw.sample(row, len(row)) for row in other]
+    uniform = [[draw.randrange(50) for _ in row] for row in other]
+    for wrong in (shuffled, uniform, other[:1] * 40):            # the last: one text again and again
+        assert shared_ngrams(wrong, real) < 0.8 * ceiling
+    assert shared_ngrams([[7] * 100] * 40, real) < 0.1 * ceiling
+    assert shared_ngrams([[1, 2, 3]], [[2, 3, 4]]) == pytest.approx((2 / 4 * 1 / 3) ** 0.5)
+    assert shared_ngrams([[1, 1, 1]], [[1, 2, 1]]) == 0          # no bigram in common
+
+
+def test_without_the_data_set_ngrams_are_not_compared(baselines, tmp_path):
+    args = '--gen_ppl=out-ar --steps=1 --num_samples=2'.split()
+    said = good(run(baselines, 'eval.py', *args, f'--data_dir={tmp_path}'))
+    assert said.count('not compared with held-out text') == 1
+    assert 'shared_ngrams' not in last_json(said)[0]
 
 
 @pytest.mark.parametrize('args, said', [
