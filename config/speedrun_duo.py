@@ -1,0 +1,23 @@
+# Duo against the clock: 170M parameters on FineWeb-Edu until HellaSwag's acc_norm is 27.5%, on 8 GPUs
+# of 80 GB. Neither run nor tuned. bench.py --plan --gpu=h100 --gpus=8 simulates 0.16 (compiled, at
+# best) to 0.36 s a step. speedrun-dlm's times on 8 H100 (not checked): masked 12 minutes, Duo 43,
+# Duo with the authors' top-k curriculum 80.
+#     python prepare.py fineweb_edu && torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
+# The gate (pip install lm_eval), meanwhile in another shell; stop the run by Ctrl-C when it ends:
+#     until python eval.py --out_dir=out-speedrun-duo --lm_eval=hellaswag --dtype=auto | tail -n 1 |
+#         python -c "import json; exit(json.loads(input())['hellaswag acc_norm'] < 0.275)"
+#     do sleep 60; done
+from pathlib import Path
+exec((Path(__file__).parent / 'owt_duo.py').read_text())  # as owt_duo.py, except:
+out_dir = 'out-speedrun-duo'
+dataset = 'fineweb_edu'
+
+dropout = 0.0                        # no token is seen twice
+optimizer = 'muon'
+learning_rate = 1e-3
+max_iters = 16_000                   # 8.4G tokens
+warmup_iters = 500
+cooldown_frac = 0.4
+ema_decay = 0.998
+
+eval_interval = 1000                 # the gate sees the last checkpoint
