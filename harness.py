@@ -82,7 +82,7 @@ class NanoDuo(LM):
 
 
 def run_tasks(loaded, names, folder, limit, draws, options):
-    """{'task metric': value}. names: of tasks; folder: of more tasks; limit: questions of each task,
+    """{'task metric': value}. names: of tasks; folder: of more; limit: questions of each task,
     0 for all."""
     manager = TaskManager(include_path=folder or None)
     unknown = set(names) - set(manager.all_tasks)

@@ -1,7 +1,7 @@
-# Duo against the clock: 170M parameters on FineWeb-Edu until HellaSwag's acc_norm is 27.5%, on 8 GPUs
-# of 80 GB. Neither run nor tuned: bench.py --plan --gpu=h100 --gpus=8 simulates 42 minutes (compiled,
-# at best). speedrun-dlm's on 8 H100 (not checked): masked 12, Duo 43, Duo with the authors' top-k
-# curriculum 80.
+# Duo against the clock: 170M parameters on FineWeb-Edu until HellaSwag's acc_norm is 27.5%, on 8
+# GPUs of 80 GB. Neither run nor tuned: bench.py --plan --gpu=h100 --gpus=8 simulates 42 minutes
+# (compiled, at best). speedrun-dlm's on 8 H100 (not checked): masked 12, Duo 43, Duo with the
+# authors' top-k curriculum 80.
 #     python prepare.py fineweb_edu && torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
 # The gate (pip install lm_eval), meanwhile in another shell; stop the run by Ctrl-C when it ends:
 #     until python eval.py --out_dir=out-speedrun-duo --lm_eval=hellaswag --dtype=auto | tail -n 1 |

@@ -201,7 +201,7 @@ def test_real_text_shares_most_ngrams():
     draw = random.Random(3)
     shuffled = [draw.sample(row, len(row)) for row in other]
     uniform = [[draw.randrange(500) for _ in row] for row in other]
-    for wrong in (shuffled, uniform, other[:1] * 40):            # the last: one text again and again
+    for wrong in (shuffled, uniform, other[:1] * 40):      # the last: one text repeated
         assert shared_ngrams(wrong, real) < 0.8 * ceiling
     assert shared_ngrams([[7] * 100] * 40, real) < 0.1 * ceiling
     assert shared_ngrams([[1, 2, 3]], [[2, 3, 4]]) == pytest.approx((2 / 4 * 1 / 3) ** 0.5)

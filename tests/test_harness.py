@@ -1,4 +1,4 @@
-"""eval.py --lm_eval: tasks made here, from the command line, and lm_eval's rules by known scores."""
+"""eval.py --lm_eval: tasks made here, by the command line, and lm_eval's rules by known scores."""
 import json
 import os
 from types import SimpleNamespace
