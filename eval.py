@@ -67,22 +67,23 @@ CHECKS = CHECKS + [
 ]
 
 
-def held_out(info):
-    """The data set's name, its meta and the stream of the chosen split."""
+def find_data(info):
+    """The name of the data set, and what load_data returns of it."""
     name = dataset or info['settings'].get('dataset')
     if not name:
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
     meta, data = load_data(f'{data_dir}/{name}')
     if tokenizer_difference(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
-    return name, meta, data[split]
+    return name, meta, data
 
 
 def likelihood(model, info, rank, world):
     """The figures of the metric on the chosen split, a dict."""
     objective = info['objective']
     block_size = info['model']['block_size']
-    name, meta, stream = held_out(info)
+    name, meta, data = find_data(info)
+    stream = data[split]
     # 1. ROWS, shuffled, as the times grow with a row's number
     n_rows = num_rows(stream, block_size)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
@@ -126,31 +127,41 @@ def diversity(rows):
     return dict(entropy=entropy / len(rows), repetition=repetition / len(rows))
 
 
-def shared_ngrams(rows, others):
-    """MS-Jaccard (Montahaei et al., arXiv 1904.03971) of two lists of as many token rows, from 0 to
-    1: the share of the n-grams of both, counted, that they have in common; the geometric mean of
-    that for n = 1 and 2. Neither likely nor diverse text alone has much of it."""
-    shares = []
-    for n in (1, 2):
-        a, b = (Counter(gram for row in some for gram in zip(*(row[i:] for i in range(n))))
-                for some in (rows, others))
-        shares.append((a & b).total() / ((a | b).total() or 1))
-    return math.prod(shares) ** 0.5
+def reverse_ppl(rows, real, vocab_size):
+    """Perplexity of real text under a small language model of the samples, both token rows (Zhao et
+    al., arXiv 1706.04223): samples that are ungrammatical raise it, and so do samples that are all
+    alike. The model is one of bigrams, smoothed by Witten and Bell's rule (1991): the more kinds of
+    tokens follow a token, the more counts the distribution without context."""
+    pairs = Counter(pair for row in rows for pair in zip(row, row[1:]))
+    before, kinds, tokens = Counter(), Counter(), Counter()
+    for (a, b), count in pairs.items():
+        before[a] += count
+        kinds[a] += 1
+        tokens[b] += count
+    total = tokens.total() + len(tokens)
+    nats = []
+    for row in real:
+        for a, b in zip(row, row[1:]):
+            p = (tokens[b] + len(tokens) / vocab_size) / total
+            if a in before:
+                p = (pairs[a, b] + kinds[a] * p) / (before[a] + kinds[a])
+            nats.append(-math.log(p))
+    return math.exp(np.mean(nats))
 
 
-def two_halves(info, T):
-    """Two lists of num_samples held-out rows, or fewer where there are not so many: what the
-    samples are compared with, and what that is compared with. A line, and nothing in them, where
-    there is no data set."""
+def real_rows(info, T):
+    """What reverse_ppl is measured on, and what stands in for the samples of a perfect model:
+    num_samples rows of each split, or fewer where there are not so many. No rows, and a line that
+    says why, without the data set."""
     try:
-        _, meta, stream = held_out(info)
-        n_rows = num_rows(stream, T)
+        _, meta, data = find_data(info)
+        counts = {name: num_rows(data[name], T) for name in ('val', 'train')}
     except UserError as error:
-        print(f'n-grams are not compared with held-out text: {error}')
+        print(f'no reverse perplexity, for want of real text: {error}')
         return [], []
-    n = min(num_samples, n_rows // 2)
-    rows = get_rows(stream, np.linspace(0, n_rows - 1, 2 * n, dtype=int), T, meta).tolist()
-    return rows[:n], rows[n:]
+    n = min(num_samples, *counts.values())
+    return [get_rows(data[name], np.linspace(0, count - 1, n, dtype=int), T, meta).tolist()
+            for name, count in counts.items()]
 
 
 def our_judge(folder, info, device):
@@ -210,12 +221,13 @@ def judge_samples(loaded, autocast):
     """Samples of each of sampling_trials, and their figures: a list of dicts."""
     info = loaded.info
     T = text_length(info, length, num_samples)
+    vocab_size = info['data']['vocab_size']
     trials = sampling_trials(info, T)
     if 'objective' in read_config(gen_ppl):              # a folder of ours
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
-    real, other = two_halves(info, T)
+    real, train = real_rows(info, T)
     folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
     with open(f'{folder}/gen.jsonl', 'a', buffering=1) as file:
@@ -241,15 +253,15 @@ def judge_samples(loaded, autocast):
                 raise UserError(f'--gen_ppl={gen_ppl}: the judge finds a perplexity of '
                                 f'{r["gen_ppl"]}')
             results.append(r)
-            shared = ''
+            line = f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: ' \
+                   f'Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition ' \
+                   f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s'
             if real:
-                r['shared_ngrams'] = shared_ngrams(rows[:len(real)], real)
-                r['shared_ngrams_real'] = shared_ngrams(other, real)
-                shared = f'n-grams shared {r["shared_ngrams"]:.3f} (real text ' \
-                         f'{r["shared_ngrams_real"]:.3f}), '
-            print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
-                  f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
-                  f'{r["repetition"]:.3f}, {shared}{r["samples_per_s"]:.2f} samples/s', flush=True)
+                r['reverse_ppl'] = reverse_ppl(rows[:len(real)], real, vocab_size)
+                r['reverse_ppl_real'] = reverse_ppl(train, real, vocab_size)
+                line += f', reverse PPL {r["reverse_ppl"]:.1f} (of real text ' \
+                        f'{r["reverse_ppl_real"]:.1f})'
+            print(line, flush=True)
             append_log(file, r)
     return results
 
