@@ -131,37 +131,33 @@ def reverse_ppl(rows, real, vocab_size):
     """Perplexity of real text under a small language model of the samples, both token rows (Zhao et
     al., arXiv 1706.04223): samples that are ungrammatical raise it, and so do samples that are all
     alike. The model is one of bigrams, smoothed by Witten and Bell's rule (1991): the more kinds of
-    tokens follow a token, the more counts the distribution without context."""
-    pairs = Counter(pair for row in rows for pair in zip(row, row[1:]))
-    before, kinds, tokens = Counter(), Counter(), Counter()
-    for (a, b), count in pairs.items():
-        before[a] += count
-        kinds[a] += 1
-        tokens[b] += count
-    total = tokens.total() + len(tokens)
+    tokens follow a token, the more counts how frequent each is anywhere."""
+    samples, real = np.ravel(rows).tolist(), np.ravel(real).tolist()     # one row after another
+    tokens = Counter(samples)
+    pairs = Counter(zip(samples, samples[1:]))
+    kinds = Counter(a for a, _ in pairs)
     nats = []
-    for row in real:
-        for a, b in zip(row, row[1:]):
-            p = (tokens[b] + len(tokens) / vocab_size) / total
-            if a in before:
-                p = (pairs[a, b] + kinds[a] * p) / (before[a] + kinds[a])
-            nats.append(-math.log(p))
+    for a, b in zip(real, real[1:]):
+        p = (tokens[b] + len(tokens) / vocab_size) / (len(samples) + len(tokens))
+        if a in kinds:
+            p = (pairs[a, b] + kinds[a] * p) / (tokens[a] + kinds[a])
+        nats.append(-math.log(p))
     return math.exp(np.mean(nats))
 
 
 def real_rows(info, T):
-    """What reverse_ppl is measured on, and what stands in for the samples of a perfect model:
-    num_samples rows of each split, or fewer where there are not so many. No rows, and a line that
-    says why, without the data set."""
+    """num_samples rows of validation text, or all if there are not so many, on which reverse_ppl is
+    measured, and as many of training text, as if samples of a perfect model. No rows, and a line
+    that says why, without the data set."""
+    def some(stream):
+        rows = np.linspace(0, num_rows(stream, T) - 1, num_samples, dtype=int)
+        return get_rows(stream, np.unique(rows), T, meta).tolist()
     try:
         _, meta, data = find_data(info)
-        counts = {name: num_rows(data[name], T) for name in ('val', 'train')}
+        return some(data['val']), some(data['train'])
     except UserError as error:
         print(f'no reverse perplexity, for want of real text: {error}')
         return [], []
-    n = min(num_samples, *counts.values())
-    return [get_rows(data[name], np.linspace(0, count - 1, n, dtype=int), T, meta).tolist()
-            for name, count in counts.items()]
 
 
 def our_judge(folder, info, device):
@@ -257,7 +253,7 @@ def judge_samples(loaded, autocast):
                    f'Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition ' \
                    f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s'
             if real:
-                r['reverse_ppl'] = reverse_ppl(rows[:len(real)], real, vocab_size)
+                r['reverse_ppl'] = reverse_ppl(rows[:len(train)], real, vocab_size)
                 r['reverse_ppl_real'] = reverse_ppl(train, real, vocab_size)
                 line += f', reverse PPL {r["reverse_ppl"]:.1f} (of real text ' \
                         f'{r["reverse_ppl_real"]:.1f})'
@@ -267,16 +263,16 @@ def judge_samples(loaded, autocast):
 
 
 def evaluate_tasks(loaded):
-    """The figures of lm_eval's tasks, a dict. They generate by the last of sampling_trials."""
+    """The figures of lm_eval's tasks, a dict. What they generate is by the last of --steps and
+    --temperature."""
     try:
         from harness import run_tasks
     except ImportError as error:
         raise UserError(f'--lm_eval={lm_eval}: pip install lm_eval ({error})')
     options = sampling_trials(loaded.info, loaded.info['model']['block_size'])[-1]
-    figures = run_tasks(loaded, lm_eval.split(','), lm_eval_tasks, max_rows, lm_eval_draws, options)
-    for name, value in figures.items():
-        print(f'{name} {value:.4f}')
-    return dict(out_dir=out_dir, objective=loaded.info['objective'], **figures)
+    names = lm_eval.split(',')
+    figures = run_tasks(loaded, names, lm_eval_tasks, max_rows, lm_eval_draws, options)
+    return dict(out_dir=out_dir, **figures)
 
 
 def main():
@@ -285,18 +281,16 @@ def main():
     out_dir = init_from or out_dir
     device, rank, world = start_distributed(pick_device(device))
     autocast = pick_dtype(dtype, device)[1]
-    if gen_ppl or lm_eval:
-        if world > 1:
-            raise UserError('--gen_ppl and --lm_eval run in one process: start without torchrun')
-        loaded = load(out_dir, device)
-        if gen_ppl:
-            print(json.dumps(judge_samples(loaded, autocast)))
-        else:
-            with autocast:
-                append_log(sys.stdout, evaluate_tasks(loaded))
+    if gen_ppl and lm_eval or world > 1 and (gen_ppl or lm_eval):
+        raise UserError('--gen_ppl and --lm_eval: give one of them, and start without torchrun')
+    if gen_ppl:
+        print(json.dumps(judge_samples(load(out_dir, device), autocast)))
         return
     with autocast:
-        result = likelihood(*load_model(out_dir, device=device), rank, world)
+        if lm_eval:
+            result = evaluate_tasks(load(out_dir, device))
+        else:
+            result = likelihood(*load_model(out_dir, device=device), rank, world)
     if rank == 0:
         append_log(sys.stdout, result)
     if world > 1:

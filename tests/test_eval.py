@@ -3,12 +3,13 @@ import json
 import math
 import random
 import shutil
+import sys
 
 import pytest
 import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
-from eval import diversity, hub_judge, our_judge, shared_ngrams
+from eval import diversity, hub_judge, our_judge, reverse_ppl
 from helpers import TINY, good, log, one_line, project_with, run, run_here
 
 
@@ -105,7 +106,7 @@ def test_samples_are_judged_by_our_own_ar_model(baselines):
             assert r['gen_ppl'] > 1
             assert 0 <= r['repetition'] < 1
             assert r['samples_per_s'] > 0
-            assert 0 <= r['shared_ngrams'] < 1 and 0 < r['shared_ngrams_real'] < 1
+            assert r['reverse_ppl'] > r['reverse_ppl_real'] > 1
         cold, warm = results[0], results[1]
         assert cold['temperature'] == 0.5
         assert cold['entropy'] < warm['entropy'] + 0.5
@@ -182,37 +183,54 @@ def test_a_repeated_token_has_no_entropy():
     assert diversity([[1, 2, 3, 4, 1, 2, 3, 4]])['repetition'] == pytest.approx(1 / 5)
 
 
-def text_of_a_language(seed, n=40, T=100):
-    """Rows in which the next token is one of four, by the last one."""
+def text_of_a_language(seed, choices=(0, 1, 2, 3), n=40, T=100):
+    """Rows in which the next token is one of four, by the last one; equally likely ones, or as
+    often as they stand in choices."""
     draw = random.Random(seed)
     rows = []
     for _ in range(n):
         row = [0]
         while len(row) < T:
-            row.append((2 * row[-1] + draw.randrange(4)) % 500)
+            row.append((2 * row[-1] + draw.choice(choices)) % 500)
         rows.append(row)
     return rows
 
 
-def test_real_text_shares_most_ngrams():
+def test_real_text_has_the_least_reverse_perplexity():
     real, other = text_of_a_language(1), text_of_a_language(2)
-    ceiling = shared_ngrams(other, real)
-    assert ceiling < shared_ngrams(real, real) == 1
+    best = reverse_ppl(other, real, 500)
+    assert 4 < best < 20                                 # each token is one of four
     draw = random.Random(3)
     shuffled = [draw.sample(row, len(row)) for row in other]
     uniform = [[draw.randrange(500) for _ in row] for row in other]
-    for wrong in (shuffled, uniform, other[:1] * 40):      # the last: one text repeated
-        assert shared_ngrams(wrong, real) < 0.8 * ceiling
-    assert shared_ngrams([[7] * 100] * 40, real) < 0.1 * ceiling
-    assert shared_ngrams([[1, 2, 3]], [[2, 3, 4]]) == pytest.approx((2 / 4 * 1 / 3) ** 0.5)
-    assert shared_ngrams([[1, 1, 1]], [[1, 2, 1]]) == 0          # no bigram in common
+    cold = text_of_a_language(2, choices=(0, 0, 0, 0, 0, 0, 0, 1, 2, 3))
+    for wrong in (shuffled, uniform, cold, other[:20] * 2, other[:1] * 40, [[7] * 100] * 40):
+        assert reverse_ppl(wrong, real, 500) > 2 * best
 
 
-def test_without_the_data_set_ngrams_are_not_compared(baselines, tmp_path):
+def test_reverse_perplexity_is_of_witten_bell_bigrams():
+    """By hand, of aab in a vocabulary of 4. p(a) = (2 + 2/4) / (3 + 2) = 1/2, p(b) = 3/10, and 1/10
+    of each other token. After a: p(b|a) = (1 + 2 p(b)) / (2 + 2), p(c|a) = (0 + 2 p(c)) / 4."""
+    a, b, c = range(3)
+    ppl = lambda *row: reverse_ppl([[a, a, b]], [row], 4)
+    assert ppl(a, b) == pytest.approx(1 / 0.4)
+    assert ppl(a, c) == pytest.approx(1 / 0.05)
+    assert ppl(c, a) == pytest.approx(1 / 0.5)           # c is new, a no surprise
+    assert ppl(a, b, a) == pytest.approx((0.4 * 0.5) ** -0.5)
+    assert sum(1 / ppl(a, token) for token in range(4)) == pytest.approx(1)
+
+
+def test_without_the_data_set_no_reverse_perplexity(baselines, tmp_path):
     args = '--gen_ppl=out-ar --steps=1 --num_samples=2'.split()
-    said = good(run(baselines, 'eval.py', *args, f'--data_dir={tmp_path}'))
-    assert said.count('not compared with held-out text') == 1
-    assert 'shared_ngrams' not in last_json(said)[0]
+    said = good(run_here(baselines, 'eval.py', *args, f'--data_dir={tmp_path}'))
+    assert said.count('no reverse perplexity') == 1
+    assert 'reverse_ppl' not in last_json(said)[0]
+
+
+def test_lm_eval_is_asked_for_by_name(baselines, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)    # as if it were not installed
+    monkeypatch.delitem(sys.modules, 'harness', raising=False)
+    one_line(run_here(baselines, 'eval.py', '--lm_eval=hellaswag'), 'pip install lm_eval')
 
 
 @pytest.mark.parametrize('args, said', [
@@ -225,6 +243,7 @@ def test_without_the_data_set_ngrams_are_not_compared(baselines, tmp_path):
     ('--dataset=other', 'tokenizer'),
     ('--gen_ppl=out', 'autoregressive'),
     ('--gen_ppl=out-other', 'vocabulary'),
+    ('--gen_ppl=out-ar --lm_eval=hellaswag', 'one of them'),
     ('--gen_ppl=out-ar --steps=some', 'steps'),
     ('--gen_ppl=out-ar --steps=8,0', 'steps'),
     ('--gen_ppl=out-ar --temperature=0', 'temperature'),

@@ -1,20 +1,18 @@
 """eval.py --lm_eval: tasks made here, by the command line, and lm_eval's rules by known scores."""
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data import load_tokenizer
-from helpers import TINY, good, one_line, run, run_here
-from test_eval import last_json
+from helpers import TINY, good, one_line, run_here
+from test_eval import evaluated
 from test_sample import of_model, random_model
 
 pytest.importorskip('lm_eval', reason='needs pip install lm_eval')
 import harness                                                       # noqa: E402
 
-OFFLINE = os.environ | dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
 TASK = '''
 task: {name}
 dataset_path: json
@@ -71,22 +69,24 @@ def trained(work):
 @pytest.mark.parametrize('objective', ['ar', 'mdlm', 'duo'])
 def test_tasks_from_the_command_line(trained, objective):
     args = f'--out_dir=knows-{objective} --lm_eval_tasks=tasks --lm_eval_draws=8 --steps=4'.split()
-    env = OFFLINE | dict(HF_DATASETS_CACHE=str(trained / 'cache'))
-    said = good(run(trained, 'eval.py', '--lm_eval=lines,rest,whole', *args, env=env))
-    figures = last_json(said)
-    assert figures['objective'] == objective
+    figures = evaluated(trained, '--lm_eval=lines,rest,whole', *args)
+    assert figures['out_dir'] == f'knows-{objective}'
     assert figures['lines acc'] >= 0.8
     assert figures['lines acc_norm'] >= 0.8
-    assert 'lines acc_norm ' in said
     assert 0 <= figures['rest exact_match'] <= 1
     assert 0 < figures['whole bits_per_byte'] < 8
 
 
-def test_mistakes_are_one_line(trained, tmp_path):
-    one_line(run(trained, 'eval.py', '--lm_eval=nothing,piqa', env=OFFLINE), 'nothing')
-    (tmp_path / 'lm_eval.py').write_text('raise ImportError')
-    env = OFFLINE | dict(PYTHONPATH=str(tmp_path))
-    one_line(run(trained, 'eval.py', '--lm_eval=piqa', env=env), 'pip install lm_eval')
+@pytest.mark.parametrize('args, said', [
+    ('--lm_eval=nothing,piqa', "no task 'nothing'"),
+    ('--lm_eval=piqa,', "no task ''"),
+    ('--lm_eval=piqa --lm_eval_tasks=nowhere', 'nowhere: no such folder'),
+    ('--lm_eval=broken --lm_eval_tasks=broken', 'questions.json')])
+def test_mistakes_are_one_line(trained, args, said):
+    if not (trained / 'broken').exists():
+        write_task(trained / 'broken', 'broken', CHOICE, [])
+        (trained / 'broken' / 'broken.json').unlink()
+    one_line(run_here(trained, 'eval.py', *args.split()), said)
 
 
 def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypatch):
