@@ -1,5 +1,6 @@
 """eval.py --lm_eval: tasks made here, by the command line, and lm_eval's rules by known scores."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from test_eval import evaluated
 from test_sample import of_model, random_model
 
 pytest.importorskip('lm_eval', reason='needs pip install lm_eval')
+from lm_eval.tasks import TaskManager                                # noqa: E402
+
 import harness                                                       # noqa: E402
 
 TASK = '''
@@ -52,6 +55,12 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path_factory.mktemp('cache'))
 
 
+@pytest.fixture
+def only_ours(monkeypatch):
+    """Without lm_eval's own tasks, of which the list takes seconds to read."""
+    monkeypatch.setattr(harness, 'TaskManager', partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope='module')
 def trained(work):
     for objective in ('ar', 'mdlm', 'duo'):
@@ -67,7 +76,7 @@ def trained(work):
 
 
 @pytest.mark.parametrize('objective', ['ar', 'mdlm', 'duo'])
-def test_tasks_from_the_command_line(trained, objective):
+def test_tasks_from_the_command_line(trained, only_ours, objective):
     args = f'--out_dir=knows-{objective} --lm_eval_tasks=tasks --lm_eval_draws=8 --steps=4'.split()
     figures = evaluated(trained, '--lm_eval=lines,rest,whole', *args)
     assert figures['out_dir'] == f'knows-{objective}'
@@ -77,19 +86,22 @@ def test_tasks_from_the_command_line(trained, objective):
     assert 0 < figures['whole bits_per_byte'] < 8
 
 
+def test_an_unknown_task_among_those_of_lm_eval(trained):
+    one_line(run_here(trained, 'eval.py', '--lm_eval=piqa,nothing'), "no task 'nothing'")
+
+
 @pytest.mark.parametrize('args, said', [
-    ('--lm_eval=nothing,piqa', "no task 'nothing'"),
-    ('--lm_eval=piqa,', "no task ''"),
+    ('--lm_eval=lines, --lm_eval_tasks=tasks', "no task ''"),
     ('--lm_eval=piqa --lm_eval_tasks=nowhere', 'nowhere: no such folder'),
-    ('--lm_eval=broken --lm_eval_tasks=broken', 'questions.json')])
-def test_mistakes_are_one_line(trained, args, said):
+    ('--lm_eval=broken --lm_eval_tasks=broken', 'broken.json')])
+def test_mistakes_are_one_line(trained, only_ours, args, said):
     if not (trained / 'broken').exists():
         write_task(trained / 'broken', 'broken', CHOICE, [])
         (trained / 'broken' / 'broken.json').unlink()
     one_line(run_here(trained, 'eval.py', *args.split()), said)
 
 
-def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypatch):
+def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypatch, only_ours):
     """HellaSwag's rule, which lm_eval calls acc_norm: nats by the character (acc_bytes: by the
     byte). The nats of each answer are known here; the blank before it does not count."""
     nats = {' yes': 1, ' certainly': 4, ' no': 2, ' by no means': 3, ' abcdef': 5, ' äöü': 4.5}
@@ -126,6 +138,7 @@ def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     lm = harness.NanoDuo(loaded._replace(tokenizer=low), 4, dict(steps=4))
     (nats, _), = lm.loglikelihood(asked('a very long beginning', 'and end'))
     assert lm.loglikelihood(asked('beginning'[-7:], 'and end'))[0][0] == nats
+    assert lm.loglikelihood(asked('be ', 'gin')) == lm.loglikelihood(asked('be', ' gin'))
     row = torch.tensor([[0, *low.encode('inning')]])
     best = loaded.model(row)[0, -1].argmax().item()
     for token in (best, (best + 1) % 50):
@@ -138,6 +151,8 @@ def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     assert len(text) == 6
     again, = lm.generate_until(asked('begin', dict(until=[text[2]], max_gen_toks=6)))
     assert again == text[:text.index(text[2])]
+    assert [again] == lm.generate_until(asked('begin', dict(until=text[2], max_gen_toks=6)))
+    assert lm.generate_until(asked('begin', dict(max_gen_toks=6))) == [text]
     ids = low.encode('begin')
     for token in text.encode():
         assert loaded.model(torch.tensor([[0, *ids]]))[0, -1].argmax() == token
