@@ -130,12 +130,12 @@ def diversity(rows):
 def reverse_ppl(rows, real, vocab_size):
     """Perplexity of real text under a small language model of the samples, both token rows (Zhao et
     al., arXiv 1706.04223): samples that are ungrammatical raise it, and so do samples that are all
-    alike. The model is one of bigrams, smoothed by Witten and Bell's rule (1991): the more kinds of
-    tokens follow a token, the more counts how frequent each is anywhere."""
+    alike. The model: bigrams mixed with unigrams, and those with the uniform distribution, by the
+    rule of Witten and Bell (1991)."""
     samples, real = np.ravel(rows).tolist(), np.ravel(real).tolist()     # one row after another
     tokens = Counter(samples)
     pairs = Counter(zip(samples, samples[1:]))
-    kinds = Counter(a for a, _ in pairs)
+    kinds = Counter(a for a, _ in pairs)                 # of tokens that follow a
     nats = []
     for a, b in zip(real, real[1:]):
         p = (tokens[b] + len(tokens) / vocab_size) / (len(samples) + len(tokens))
@@ -146,9 +146,9 @@ def reverse_ppl(rows, real, vocab_size):
 
 
 def real_rows(info, T):
-    """num_samples rows of validation text, or all if there are not so many, on which reverse_ppl is
-    measured, and as many of training text, as if samples of a perfect model. No rows, and a line
-    that says why, without the data set."""
+    """For reverse_ppl: num_samples rows of validation text, or all if there are fewer, and as many
+    of training text, in place of a perfect model's samples. Without the data set no rows, and a
+    printed line that says why."""
     def some(stream):
         rows = np.linspace(0, num_rows(stream, T) - 1, num_samples, dtype=int)
         return get_rows(stream, np.unique(rows), T, meta).tolist()
