@@ -149,11 +149,15 @@ def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     assert lm.loglikelihood_rolling(asked('')) == [0]
     text, = lm.generate_until(asked('begin', dict(until=[], max_gen_toks=6)))
     assert len(text) == 6
-    again, = lm.generate_until(asked('begin', dict(until=[text[2]], max_gen_toks=6)))
-    assert again == text[:text.index(text[2])]
-    assert [again] == lm.generate_until(asked('begin', dict(until=text[2], max_gen_toks=6)))
+    stop = text[2:4]
+    for until in (stop, [stop], ['not there', stop]):
+        again, = lm.generate_until(asked('begin', dict(until=until, max_gen_toks=6)))
+        assert again == text[:text.index(stop)]
     assert lm.generate_until(asked('begin', dict(max_gen_toks=6))) == [text]
     ids = low.encode('begin')
     for token in text.encode():
         assert loaded.model(torch.tensor([[0, *ids]]))[0, -1].argmax() == token
         ids.append(token)
+    lm.loaded.info['data']['eos_id'] = eos = text.encode()[3]
+    ended, = lm.generate_until(asked('begin', dict(max_gen_toks=6)))
+    assert ended == text[:text.index(chr(eos))]
