@@ -153,7 +153,8 @@ def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     for until in (stop, [stop], ['not there', stop]):
         again, = lm.generate_until(asked('begin', dict(until=until, max_gen_toks=6)))
         assert again == text[:text.index(stop)]
-    assert lm.generate_until(asked('begin', dict(max_gen_toks=6))) == [text]
+    for more in ({}, dict(until=text[0] + '~')):             # '~' is no token
+        assert lm.generate_until(asked('begin', dict(max_gen_toks=6, **more))) == [text]
     ids = low.encode('begin')
     for token in text.encode():
         assert loaded.model(torch.tensor([[0, *ids]]))[0, -1].argmax() == token
