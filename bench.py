@@ -44,7 +44,7 @@ CHECKS = train.CHECKS + [
     ('gpu', lambda v: not v or v in GPUS, 'h100, a100 or t4'),
     ('price_per_hour vocab_size', lambda v: v >= 0, 'at least 0'),
 ]
-VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257,
+VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, fineweb_edu=50257,
                    lm1b=30522, lm1b_packed=30522)
 
 # --------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """
-Evaluate a model: the negative log-likelihood of held-out text, or a judge's view of its samples:
+Evaluate a model: the negative log-likelihood of held-out text, a judge's view of its samples, or
+the tasks of lm_eval:
 
     python eval.py --out_dir=out --draws=4                     # NLL, BPD, PPL, their standard error
     torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo  # the same, shared by 8 processes
     python eval.py --dataset=ptb                               # on another data set: zero-shot
     python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR run
     python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by one of the Hugging Face hub
+    python eval.py --lm_eval=hellaswag,piqa                    # after pip install lm_eval
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
@@ -17,6 +19,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from itertools import groupby
 
 from configurator import UserError, configure, progress, run
@@ -25,7 +28,8 @@ import numpy as np
 import torch
 
 from checkpoint import append_log, load_model, read_config
-from data import get_batch, likelihood_figures, load_data, num_rows, tokenizer_difference
+from data import (get_batch, get_rows, likelihood_figures, load_data, num_rows,
+                  tokenizer_difference)
 from device import pick_device, pick_dtype, start_distributed
 from diffusion import cross_entropy, evaluate, token_nll
 from sample import (CHECKS, SAMPLER_OPTIONS, choose_sampler, denoise, describe_sampler, load,
@@ -42,44 +46,54 @@ max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
 # --- samples
 gen_ppl = ''                 # the judge: the folder of an AR model, or a Hugging Face causal LM
-num_samples = 64
+num_samples = 64             # a reverse PPL takes 30,000 tokens or more in all
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
 sampler = 'ancestral'        # as published; see sample.py
 steps = '8,32,128'           # numbers of sampling steps, with commas between them
 temperature = '1.0'          # temperatures likewise
 seed = 1337
+# --- tasks of lm_eval
+lm_eval = ''                 # their names, with commas; --max_rows questions of each
+lm_eval_tasks = ''           # a folder with tasks of your own (YAML)
+lm_eval_draws = 32           # noise levels for each answer
 # --- system
 device = 'auto'
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
 
 CHECKS = CHECKS + [
-    ('draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
+    ('draws lm_eval_draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
     ('max_rows', lambda v: v >= 0, 'at least 0'),
     ('split', lambda v: v in ('train', 'val'), "'train' or 'val'"),
 ]
 
 
-def likelihood(model, info, rank, world):
-    """The figures of the metric on the chosen split, a dict."""
-    objective = info['objective']
-    block_size = info['model']['block_size']
+def find_data(info):
+    """The name of the data set, and what load_data returns of it."""
     name = dataset or info['settings'].get('dataset')
     if not name:
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
     meta, data = load_data(f'{data_dir}/{name}')
     if tokenizer_difference(meta, info['data']):
         raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
+    return name, meta, data
+
+
+def likelihood(model, info, rank, world):
+    """The figures of the metric on the chosen split, a dict."""
+    objective = info['objective']
+    block_size = info['model']['block_size']
+    name, meta, data = find_data(info)
     stream = data[split]
     # 1. ROWS, shuffled, as the times grow with a row's number
     n_rows = num_rows(stream, block_size)
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
     np.random.default_rng(seed).shuffle(rows)
 
-    def get_rows(numbers):               # all rows, `draws` times over
+    def draw_rows(numbers):              # all rows, `draws` times over
         return get_batch(stream, rows.take(numbers, mode='wrap'), block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, meta['vocab_size'], get_rows, len(rows) * draws, batch_size,
+    nats = evaluate(model, objective, meta['vocab_size'], draw_rows, len(rows) * draws, batch_size,
                     meta['pad_id'], device, rank, world)
     nats = nats.view(draws, -1).mean(0)
     line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
@@ -111,6 +125,39 @@ def diversity(rows):
         grams = list(zip(row, row[1:], row[2:], row[3:]))
         repetition += 1 - len(set(grams)) / (len(grams) or 1)
     return dict(entropy=entropy / len(rows), repetition=repetition / len(rows))
+
+
+def reverse_ppl(rows, real, vocab_size):
+    """Perplexity of real text under a small language model of the samples, both token rows (Zhao et
+    al., arXiv 1706.04223): samples that are ungrammatical raise it, and so do samples that are all
+    alike. The model: bigrams mixed with unigrams, and those with the uniform distribution, by the
+    rule of Witten and Bell (1991)."""
+    samples, real = np.ravel(rows).tolist(), np.ravel(real).tolist()     # one row after another
+    tokens = Counter(samples)
+    pairs = Counter(zip(samples, samples[1:]))
+    kinds = Counter(a for a, _ in pairs)                 # of tokens that follow a
+    nats = []
+    for a, b in zip(real, real[1:]):
+        p = (tokens[b] + len(tokens) / vocab_size) / (len(samples) + len(tokens))
+        if a in kinds:
+            p = (pairs[a, b] + kinds[a] * p) / (tokens[a] + kinds[a])
+        nats.append(-math.log(p))
+    return math.exp(np.mean(nats))
+
+
+def real_rows(info, T):
+    """For reverse_ppl: num_samples rows of validation text, or all if there are fewer, and as many
+    of training text, in place of a perfect model's samples. Without the data set no rows, and a
+    printed line that says why."""
+    def some(stream):
+        rows = np.linspace(0, num_rows(stream, T) - 1, num_samples, dtype=int)
+        return get_rows(stream, np.unique(rows), T, meta).tolist()
+    try:
+        _, meta, data = find_data(info)
+        return some(data['val']), some(data['train'])
+    except UserError as error:
+        print(f'no reverse perplexity, for want of real text: {error}')
+        return [], []
 
 
 def our_judge(folder, info, device):
@@ -154,22 +201,29 @@ def hub_judge(name, tokenizer, eos_id, device):
     return score
 
 
-def judge_samples(loaded, autocast):
-    """Samples by each number of steps at each temperature, and their figures: a list of dicts."""
-    info = loaded.info
-    T = text_length(info, length, num_samples)
+def sampling_trials(info, T):
+    """The samplers' options of each number of steps at each temperature: a list of dicts."""
     all_steps = [T - 1] if info['objective'] == 'ar' else steps.split(',')
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     try:
-        trials = [choose_sampler(info, options | {'steps': int(n), 'temperature': float(t)})
-                  for n in all_steps for t in temperature.split(',')]
+        return [choose_sampler(info, options | {'steps': int(n), 'temperature': float(t)})
+                for n in all_steps for t in temperature.split(',')]
     except ValueError:
         raise UserError(f'--steps={steps} --temperature={temperature}: give numbers with commas '
                         'between, like 8,32')
+
+
+def judge_samples(loaded, autocast):
+    """Samples of each of sampling_trials, and their figures: a list of dicts."""
+    info = loaded.info
+    T = text_length(info, length, num_samples)
+    vocab_size = info['data']['vocab_size']
+    trials = sampling_trials(info, T)
     if 'objective' in read_config(gen_ppl):              # a folder of ours
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
+    real, train = real_rows(info, T)
     folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
     with open(f'{folder}/gen.jsonl', 'a', buffering=1) as file:
@@ -195,11 +249,30 @@ def judge_samples(loaded, autocast):
                 raise UserError(f'--gen_ppl={gen_ppl}: the judge finds a perplexity of '
                                 f'{r["gen_ppl"]}')
             results.append(r)
-            print(f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: Gen-PPL '
-                  f'{r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition '
-                  f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s', flush=True)
+            line = f'{r["sampler"]}, {r["steps"]:4} steps, temperature {r["temperature"]}: ' \
+                   f'Gen-PPL {r["gen_ppl"]:.2f}, entropy {r["entropy"]:.3f} nats, repetition ' \
+                   f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s'
+            if real:
+                r['reverse_ppl'] = reverse_ppl(rows[:len(train)], real, vocab_size)
+                r['reverse_ppl_real'] = reverse_ppl(train, real, vocab_size)
+                line += f', reverse PPL {r["reverse_ppl"]:.1f} (of real text ' \
+                        f'{r["reverse_ppl_real"]:.1f})'
+            print(line, flush=True)
             append_log(file, r)
     return results
+
+
+def evaluate_tasks(loaded):
+    """The figures of lm_eval's tasks, a dict. What they generate is by the last of --steps and
+    --temperature."""
+    try:
+        from harness import run_tasks
+    except ImportError as error:
+        raise UserError(f'--lm_eval={lm_eval}: pip install lm_eval ({error})')
+    options = sampling_trials(loaded.info, loaded.info['model']['block_size'])[-1]
+    names = lm_eval.split(',')
+    figures = run_tasks(loaded, names, lm_eval_tasks, max_rows, lm_eval_draws, options)
+    return dict(out_dir=out_dir, **figures)
 
 
 def main():
@@ -208,13 +281,16 @@ def main():
     out_dir = init_from or out_dir
     device, rank, world = start_distributed(pick_device(device))
     autocast = pick_dtype(dtype, device)[1]
+    if gen_ppl and lm_eval or world > 1 and (gen_ppl or lm_eval):
+        raise UserError('--gen_ppl and --lm_eval: give one of them, and start without torchrun')
     if gen_ppl:
-        if world > 1:
-            raise UserError('--gen_ppl runs in one process: start it without torchrun')
         print(json.dumps(judge_samples(load(out_dir, device), autocast)))
         return
     with autocast:
-        result = likelihood(*load_model(out_dir, device=device), rank, world)
+        if lm_eval:
+            result = evaluate_tasks(load(out_dir, device))
+        else:
+            result = likelihood(*load_model(out_dir, device=device), rank, world)
     if rank == 0:
         append_log(sys.stdout, result)
     if world > 1:

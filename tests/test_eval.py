@@ -1,13 +1,15 @@
 """eval.py and the baselines through the command line."""
 import json
 import math
+import random
 import shutil
+import sys
 
 import pytest
 import torch
 
 from data import get_rows, load_data, load_tokenizer, num_rows
-from eval import diversity, hub_judge, our_judge
+from eval import diversity, hub_judge, our_judge, reverse_ppl
 from helpers import TINY, good, log, one_line, project_with, run, run_here
 
 
@@ -104,6 +106,7 @@ def test_samples_are_judged_by_our_own_ar_model(baselines):
             assert r['gen_ppl'] > 1
             assert 0 <= r['repetition'] < 1
             assert r['samples_per_s'] > 0
+            assert r['reverse_ppl'] > r['reverse_ppl_real'] > 1
         cold, warm = results[0], results[1]
         assert cold['temperature'] == 0.5
         assert cold['entropy'] < warm['entropy'] + 0.5
@@ -180,6 +183,56 @@ def test_a_repeated_token_has_no_entropy():
     assert diversity([[1, 2, 3, 4, 1, 2, 3, 4]])['repetition'] == pytest.approx(1 / 5)
 
 
+def text_of_a_language(seed, choices=(0, 1, 2, 3), n=40, T=100):
+    """Rows in which the next token is one of four, by the last one; equally likely ones, or as
+    often as they stand in choices."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        row = [0]
+        while len(row) < T:
+            row.append((2 * row[-1] + draw.choice(choices)) % 500)
+        rows.append(row)
+    return rows
+
+
+def test_real_text_has_the_least_reverse_perplexity():
+    real, other = text_of_a_language(1), text_of_a_language(2)
+    best = reverse_ppl(other, real, 500)
+    assert 4 < best < 20                                 # each token is one of four
+    draw = random.Random(3)
+    shuffled = [draw.sample(row, len(row)) for row in other]
+    uniform = [[draw.randrange(500) for _ in row] for row in other]
+    cold = text_of_a_language(2, choices=(0, 0, 0, 0, 0, 0, 0, 1, 2, 3))
+    for wrong in (shuffled, uniform, cold, other[:20] * 2, other[:1] * 40, [[7] * 100] * 40):
+        assert reverse_ppl(wrong, real, 500) > 2 * best
+
+
+def test_reverse_perplexity_is_of_witten_bell_bigrams():
+    """By hand, of aab in a vocabulary of 4. p(a) = (2 + 2/4) / (3 + 2) = 1/2, p(b) = 3/10, and 1/10
+    of each other token. After a: p(b|a) = (1 + 2 p(b)) / (2 + 2), p(c|a) = (0 + 2 p(c)) / 4."""
+    a, b, c = range(3)
+    ppl = lambda *row: reverse_ppl([[a, a, b]], [row], 4)
+    assert ppl(a, b) == pytest.approx(1 / 0.4)
+    assert ppl(a, c) == pytest.approx(1 / 0.05)
+    assert ppl(c, a) == pytest.approx(1 / 0.5)           # c is new, a no surprise
+    assert ppl(a, b, a) == pytest.approx((0.4 * 0.5) ** -0.5)
+    assert sum(1 / ppl(a, token) for token in range(4)) == pytest.approx(1)
+
+
+def test_without_the_data_set_no_reverse_perplexity(baselines, tmp_path):
+    args = '--gen_ppl=out-ar --steps=1 --num_samples=2'.split()
+    said = good(run_here(baselines, 'eval.py', *args, f'--data_dir={tmp_path}'))
+    assert said.count('no reverse perplexity') == 1
+    assert 'reverse_ppl' not in last_json(said)[0]
+
+
+def test_lm_eval_is_asked_for_by_name(baselines, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)    # as if it were not installed
+    monkeypatch.delitem(sys.modules, 'harness', raising=False)
+    one_line(run_here(baselines, 'eval.py', '--lm_eval=hellaswag'), 'pip install lm_eval')
+
+
 @pytest.mark.parametrize('args, said', [
     ('--split=test', 'split'),
     ('--draws=0', 'from 1 to'),
@@ -190,6 +243,7 @@ def test_a_repeated_token_has_no_entropy():
     ('--dataset=other', 'tokenizer'),
     ('--gen_ppl=out', 'autoregressive'),
     ('--gen_ppl=out-other', 'vocabulary'),
+    ('--gen_ppl=out-ar --lm_eval=hellaswag', 'one of them'),
     ('--gen_ppl=out-ar --steps=some', 'steps'),
     ('--gen_ppl=out-ar --steps=8,0', 'steps'),
     ('--gen_ppl=out-ar --temperature=0', 'temperature'),

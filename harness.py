@@ -1,0 +1,106 @@
+"""
+A model of this project as an LM of lm_eval, EleutherAI's Language Model Evaluation Harness
+(pip install lm_eval). eval.py --lm_eval=hellaswag uses it.
+"""
+from pathlib import Path
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from configurator import UserError
+from sample import generate, score
+
+
+class NanoDuo(LM):
+    """loaded: load(...); options: the sampler's, for tasks that generate. A likelihood is exact for
+    AR; for a diffusion model it is sample.score's bound, the mean of `draws` draws. Of a context
+    that is too long the last tokens are kept."""
+
+    def __init__(self, loaded, draws, options):
+        super().__init__()
+        self.tokenizer = loaded.tokenizer
+        # score and generate get ids instead of texts, since contexts are cut between tokens
+        as_they_are = self.tokenizer._replace(encode=list, decode=list)
+        self.loaded = loaded._replace(tokenizer=as_they_are)
+        self.block_size = loaded.info['model']['block_size']
+        self.draws = draws
+        self.options = options
+
+    def context(self, text, n):
+        """The ids of a text, the last ones if all of them leave no room for n more."""
+        ids = self.tokenizer.encode(text)
+        return ids[max(0, len(ids) + n + 2 - self.block_size):]      # bos and eos are 2
+
+    def loglikelihood(self, requests):
+        """Blanks between context and answer belong to the answer, as in lm_eval's own models."""
+        result = []
+        for request in requests:
+            context, answer = request.args
+            text = context.rstrip()
+            answer = self.tokenizer.encode(context[len(text):] + answer)
+            context = self.context(text, len(answer))
+            nats, _ = score(self.loaded, [answer], context, draws=self.draws)
+            result.append((-nats.item(), self.is_greedy(context, answer)))
+        return result
+
+    @torch.no_grad()
+    def is_greedy(self, context, answer):
+        """Is each token the likeliest? For a diffusion model always False."""
+        model, _, info = self.loaded
+        if info['objective'] != 'ar':
+            return False
+        row = [info['data']['bos_id'], *context, *answer]
+        x = torch.tensor([row], device=model.output_layer.linear.weight.device)
+        likeliest = model(x)[0, len(context):-1].argmax(-1)
+        return likeliest.tolist() == answer
+
+    def loglikelihood_rolling(self, requests):
+        """In windows that know nothing of each other."""
+        result = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0])
+            n = self.block_size - 2
+            windows = [ids[i:i + n] for i in range(0, len(ids), n)]
+            nats, _ = score(self.loaded, windows or [[]], draws=self.draws)
+            result.append(-nats.sum().item())
+        return result
+
+    def generate_until(self, requests):
+        """Greedy unless a task names a temperature; at most half of block_size tokens."""
+        eos = self.loaded.info['data']['eos_id']
+        result = []
+        for request in requests:
+            prompt, how = request.args
+            n = min(how.get('max_gen_toks', 256), self.block_size // 2)
+            prompt = self.context(prompt, n)
+            options = self.options | dict(temperature=how.get('temperature') or 1e-4)
+            row, = generate(self.loaded, prompt, length=len(prompt) + n + 1, **options)
+            ids = row[-n:]
+            if eos in ids:
+                ids = ids[:ids.index(eos)]
+            text = self.tokenizer.decode(ids)
+            stops = how.get('until') or []
+            for stop in [stops] if isinstance(stops, str) else stops:
+                text = text.split(stop)[0]
+            result.append(text)
+        return result
+
+
+def run_tasks(loaded, names, folder, limit, draws, options):
+    """Print lm_eval's table, and return it as {'task metric': value}. names: of tasks; folder: of
+    more tasks, or ''; limit: questions of each task, 0 for all."""
+    if folder and not Path(folder).is_dir():
+        raise UserError(f'--lm_eval_tasks={folder}: no such folder')
+    manager = TaskManager(include_path=folder or None)
+    for name in set(names) - set(manager.all_tasks):
+        raise UserError(f'--lm_eval: no task {name!r}, neither of lm_eval nor in --lm_eval_tasks')
+    found = simple_evaluate(NanoDuo(loaded, draws, options), tasks=names, task_manager=manager,
+                            limit=limit or None, log_samples=False)
+    print(make_table(found))
+    return {f'{task} {name.removesuffix(",none")}': value
+            for task, figures in found['results'].items()
+            for name, value in figures.items()
+            if isinstance(value, (int, float))}
