@@ -42,7 +42,8 @@ GPUS = dict(                 # published: compute capability; FLOP/s, dense, hal
 CHECKS = train.CHECKS + [
     ('gpus repeats', lambda v: v >= 1, 'at least 1'),
     ('gpu', lambda v: not v or v in GPUS, 'h100, a100 or t4'),
-    ('price_per_hour vocab_size', lambda v: v >= 0, 'at least 0'),
+    ('price_per_hour', lambda v: v >= 0, 'at least 0'),
+    ('vocab_size', lambda v: v == 0 or v >= 2, '0 or at least 2'),
 ]
 VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, fineweb_edu=50257,
                    lm1b=30522, lm1b_packed=30522)

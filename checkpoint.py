@@ -42,6 +42,8 @@ from model import DiT, DiTConfig
 # Entries, and their types, that tell the state of a run, and a config.json, from other files.
 STATE = dict(weights=dict, step=int, model=dict, settings=dict)
 INFO = dict(objective=str, model=dict, data=dict, settings=dict)
+# What tells the networks of the objectives apart: tokens beyond the tokenizer's, and causal.
+KINDS = dict(duo=(0, False), mdlm=(1, False), ar=(0, True))
 # What zipfile and torch.load were seen to raise on damaged and crafted files: torch's unpickler
 # runs nothing of them, but takes operands as they come. Caught around library calls only.
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
@@ -215,9 +217,11 @@ def build_model(info, weights, where):
         c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
         sizes = astuple(c)[:6]          # vocab_size to cond_dim
         fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
-        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1
-                and c.causal == (info['objective'] == 'ar')):
+        if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
             raise ValueError('no network has such sizes')
+        masks = c.vocab_size - info['data']['vocab_size']
+        if KINDS.get(info['objective']) != (masks, c.causal):
+            raise ValueError(f'no network for {info["objective"]!r:.40}')
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where} has a wrong config.json: {error!s:.200}: {info["model"]}')
     with torch.device('meta'):  # no memory and no random numbers before the shapes are right

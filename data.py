@@ -110,7 +110,7 @@ def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its tokens as no tokenizer does."""
     size, pad = meta['vocab_size'], meta['pad_id']
     ids = [meta['bos_id'], meta['eos_id'], meta['eos_id'] if pad is None else pad]
-    if {type(i) for i in [size, *ids]} != {int} or not 0 <= min(ids) <= max(ids) < size < 2**20:
+    if {type(i) for i in [size, *ids]} != {int} or not 0 <= min(ids) <= max(ids) < size < 2**20 or size < 2:
         raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {size!r:.40} tokens')
     if size != {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), size):
         raise ValueError(f'{meta["tokenizer"]} has not {size} tokens')

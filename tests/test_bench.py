@@ -64,6 +64,7 @@ def test_a_plan_of_a_recipe_with_a_smaller_network(tmp_path, recipe, vocab_size)
 @pytest.mark.parametrize('args, parts', [
     ('--gpus=3 --gradient_accumulation_steps=4', ['gpus=3', 'gradient_accumulation_steps']),
     ('--dataset=none', ['none', '--vocab_size']),
+    ('--vocab_size=1', ['--vocab_size', 'at least 2']),
     ('--repeats=0', ['repeats', 'at least 1']),
     ('--batch_size=0', ['batch_size', '1 to 99,999,999']),
     ('--price_per_hour=-1', ['price_per_hour', 'at least 0'])])

@@ -243,7 +243,8 @@ def test_a_wrong_field_is_named(tmp_path):
         write_model(tmp_path, model.state_dict(), info_of(model), tmp_path)
         rewrite(tmp_path, **change)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json', *change)
-    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {}), ('objective', 'ar')):
+    for entry, value in (('data', DATA | dict(eos_id=256)), ('data', {}), ('objective', 'ar'),
+                         ('objective', 'mdlm'), ('objective', 'none')):
         write_model(tmp_path, model.state_dict(), info_of(model, **{entry: value}), tmp_path)
         refused(lambda: load_model(tmp_path), tmp_path, 'config.json')
     older = asdict(model.config)

@@ -32,8 +32,8 @@ from diffusion import evaluate
 from helpers import ROOT, TINY, good
 from helpers import run as script
 from model import DiT, DiTConfig
-from test_data import (CACHE, command, command_fails, everything, fails, needs_gpt2, ok, one_line,
-                       stops)
+from test_data import (CACHE, WITH_GPT2, command, command_fails, everything, fails, needs_gpt2, ok,
+                       one_line, stops)
 
 VOCAB = ROOT / 'tests/data/bert-vocab-8000.txt'
 STAND_IN = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]',
@@ -223,7 +223,7 @@ def test_max_tokens_cuts_the_document_that_reaches_them(tmp_path):
 
 
 @pytest.mark.parametrize('end', ['\n', '\n\n'])
-@pytest.mark.parametrize('tokenizer', ['bytes', 'bpe', pytest.param('gpt2', marks=needs_gpt2)])
+@pytest.mark.parametrize('tokenizer', ['bytes', 'bpe', *WITH_GPT2])
 def test_max_tokens_of_one_long_text(tmp_path, monkeypatch, tokenizer, end):
     """The document is cut there; what validates is whole."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
@@ -459,7 +459,7 @@ def test_the_tokenizer_json_of_a_bert_set_makes_the_same(tmp_path, rule):
     assert first['eos_id'] == (101 if rule == 'packed' else 102)
 
 
-@pytest.mark.parametrize('kind', [pytest.param('gpt2', marks=needs_gpt2), 'bpe', 'bert'])
+@pytest.mark.parametrize('kind', [*WITH_GPT2, 'bpe', 'bert'])
 def test_pieces_of_a_document_give_the_tokens_of_the_whole(tmp_path, monkeypatch, kind):
     text = (ROOT / 'train.py').read_text() + 'naïve 字 \u3000 x\u2028y  \n\n z ' * 50
     if kind == 'gpt2':
