@@ -59,7 +59,7 @@ SAMPLER_OPTIONS = dict(
     greedy=False,            # the greedy tail: the last call takes the likeliest tokens
     psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published, at 256 steps:
     eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
-    redraws=3.0,             # informed: how often a token is redrawn on average; more: less diverse
+    redraws=2.0,             # informed: how often a token is redrawn on average; more: less diverse
     alpha_min=0.8,           # informed: how clean a text it is taken for, at first
     alpha_max=0.99,          # and at last
 )
