@@ -316,7 +316,8 @@ def check_resume(out_dir, state, settings, config, token_files):
                         if value != old.get(name))
     if state['step'] < 0:
         raise ValueError('its step is negative')
-    if DiTConfig(**state['model']) != config or old['objective'] != settings['objective']:
+    same = all(old.get(name) == settings[name] for name in ('objective', 'optimizer'))
+    if DiTConfig(**state['model']) != config or not same:
         raise UserError(f'{out_dir} holds another model or another kind of run ({changed}): resume '
                         'it with its own command, or start a new run from it')
     if state['fingerprint'] != token_files:
@@ -325,7 +326,7 @@ def check_resume(out_dir, state, settings, config, token_files):
     return changed
 
 
-OPTIMIZER_PARTS = dict(AdamW={'exp_avg', 'exp_avg_sq'}, Muon={'average'})
+OPTIMIZER_PARTS = dict(AdamW={'exp_avg', 'exp_avg_sq'}, Muon={'momentum_buffer'})
 
 
 def load_optimizer(optimizer, saved):
@@ -355,18 +356,19 @@ def check_start(source, info, kind, meta):
                         'tokenizer.json')
 
 
-def check_wandb():
-    if not find_spec('wandb'):
+def check_wandb(wanted):
+    # wandb leaves a folder of its name, which Python takes for a package without an origin
+    if wanted and not getattr(find_spec('wandb'), 'origin', None):
         raise UserError('--wandb_log needs a package: pip install wandb')
 
 
-def start_wandb(out_dir, settings):
-    """A run of Weights & Biases, named after out_dir unless settings say another name; it goes on
-    if out_dir has begun one."""
+def start_wandb(out_dir, settings, step):
+    """A run of Weights & Biases, named after out_dir unless settings say another name. From a step
+    other than 0 it goes on as the one that out_dir began."""
     import wandb
     name = settings['wandb_run_name'] or Path(out_dir).resolve().name
     path = Path(out_dir, 'wandb_id')
-    known = path.read_text() if path.exists() else None
+    known = path.read_text() if step and path.exists() else None
     try:
         run = wandb.init(project=settings['wandb_project'], name=name, config=settings, id=known,
                          resume='allow')

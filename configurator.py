@@ -44,7 +44,7 @@ def run(main):
 def progress(iterable, what, total=None):
     """The iterable, with a bar on the terminal while it lasts; without a terminal, no bar."""
     from tqdm import tqdm
-    first = os.environ.get('RANK', '0') == '0'           # of torchrun's processes
+    first = sys.stderr and os.environ.get('RANK', '0') == '0'    # of torchrun's processes
     return tqdm(iterable, what, total, leave=False, disable=None if first else True)
 
 

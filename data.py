@@ -110,7 +110,8 @@ def check_meta(meta):
     """ValueError if meta, or the data of a config.json, numbers its tokens as no tokenizer does."""
     size, pad = meta['vocab_size'], meta['pad_id']
     ids = [meta['bos_id'], meta['eos_id'], meta['eos_id'] if pad is None else pad]
-    if {type(i) for i in [size, *ids]} != {int} or not 0 <= min(ids) <= max(ids) < size < 2**20 or size < 2:
+    ints = {type(i) for i in [size, *ids]} == {int}
+    if not (ints and 0 <= min(ids) <= max(ids) < size and 2 <= size < 2**20):
         raise ValueError(f'bos_id, eos_id and pad_id cannot be {ids!r:.40} of {size!r:.40} tokens')
     if size != {'bytes': 256, 'gpt2': 50257}.get(str(meta['tokenizer']), size):
         raise ValueError(f'{meta["tokenizer"]} has not {size} tokens')
@@ -248,3 +249,9 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     text = (f'{loss:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} '
             'bits per byte')
     return text, dict(loss=loss, error=error, bpd=bpd, ppl=ppl, bpb=bpb)
+
+
+def loss_by_noise(nats):
+    """The mean loss in each quarter of the times, a dict; of rows whose times rise: nats (n,)."""
+    parts = nats.tensor_split(4)
+    return {f'val_loss_q{i}': part.mean().item() for i, part in enumerate(parts, start=1)}

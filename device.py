@@ -28,16 +28,17 @@ def say(line):
 def catch_signals():
     """SIGTERM, Ctrl-C (SIGINT) and SIGUSR1 from now on do no more than note their number in
     .caught, 0 until then, and say that .doing is finished first: words, to be kept up to date. A
-    second signal, or one while .doing is empty, ends the process."""
+    second SIGTERM or SIGINT, or any while .doing is empty, ends the process."""
     noted = SimpleNamespace(caught=0, doing='the step')
 
     def on_signal(number, frame):
         # torchrun sends one again to processes that have had it: there a second means nothing
-        second = noted.caught not in (0, signal.SIGUSR1)
-        at_once = not noted.doing or second and not dist.is_initialized()
+        hint = '' if dist.is_initialized() else '; a second signal stops at once'
+        first = noted.caught in (0, signal.SIGUSR1) or number == signal.SIGUSR1
+        at_once = not noted.doing or hint and not first
         noted.caught = number
-        what = 'stopped' if at_once else f'finishing {noted.doing}; a second signal stops'
-        say(f'{signal.Signals(number).name}: {what} at once')
+        what = 'stopped at once' if at_once else f'finishing {noted.doing}{hint}'
+        say(f'{signal.Signals(number).name}: {what}')
         if at_once:
             sys.exit(128 + number)
 

@@ -224,6 +224,7 @@ def judge_samples(loaded, autocast):
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
     real, train = real_rows(info, T)
+    ideal = reverse_ppl(train, real, vocab_size) if real else None
     folder = '.' if out_dir.startswith('hf:') else out_dir
     results = []
     with open(f'{folder}/gen.jsonl', 'a', buffering=1) as file:
@@ -254,11 +255,10 @@ def judge_samples(loaded, autocast):
                    f'{r["repetition"]:.3f}, {r["samples_per_s"]:.2f} samples/s'
             if real:
                 r['reverse_ppl'] = reverse_ppl(rows[:len(train)], real, vocab_size)
-                r['reverse_ppl_real'] = reverse_ppl(train, real, vocab_size)
-                line += f', reverse PPL {r["reverse_ppl"]:.1f} (of real text ' \
-                        f'{r["reverse_ppl_real"]:.1f})'
-            print(line, flush=True)
+                r['reverse_ppl_real'] = ideal
+                line += f', reverse PPL {r["reverse_ppl"]:.1f} (of real text {ideal:.1f})'
             append_log(file, r)
+            print(line, flush=True)
     return results
 
 

@@ -83,7 +83,7 @@ class NanoDuo(LM):
                 ids = ids[:ids.index(eos)]
             text = self.tokenizer.decode(ids)
             stops = how.get('until') or []
-            for stop in [stops] if isinstance(stops, str) else stops:
+            for stop in filter(None, [stops] if isinstance(stops, str) else stops):
                 text = text.split(stop)[0]
             result.append(text)
         return result

@@ -1,6 +1,6 @@
 """
 Muon (Keller Jordan, 2024): the optimiser of the matrices inside the blocks. Its update is the
-momentum with all directions made equally strong, so that rare ones are learnt, too.
+Nesterov momentum with all directions made equally strong, so that rare ones are learnt, too.
 
 torch.optim.Muon is the same in bfloat16, which most CPUs emulate slowly.
 """
@@ -33,12 +33,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             momentum, lr = group['momentum'], group['lr']
             for p in group['params']:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:
-                    state['average'] = torch.zeros_like(p)
-                average = state['average'].lerp(p.grad, 1 - momentum)
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                average = state['momentum_buffer'].lerp(p.grad, 1 - momentum)
                 update = orthogonalise(p.grad.lerp(average, momentum))
                 update *= 0.2 * max(p.shape) ** 0.5
                 update += group['weight_decay'] * p
-                state['average'] = torch.where(skip, state['average'], average)
+                state['momentum_buffer'] = torch.where(skip, state['momentum_buffer'], average)
                 p.sub_(torch.where(skip, 0, lr * update))

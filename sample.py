@@ -23,6 +23,8 @@ import sys
 import time
 from collections import namedtuple
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from configurator import UserError, check, configure, progress, run
@@ -442,14 +444,14 @@ PLAIN, CHANGED, CORRECTED = '\x1b[0m', '\x1b[33m', '\x1b[35m'
 
 def watched(frames, xt, tokenizer):
     """Yield the frames that xt (B,T) becomes, and draw the first text of each on the terminal's
-    other screen: yellow where this call changed a token, violet where it had stood for five calls.
-    """
+    other screen: yellow where this call changed a token, violet where that had come more than five
+    calls before."""
     print('\x1b[?1049h', end='')
     shown = xt[0].tolist()
-    age = [0] * len(shown)
+    age = [-math.inf] * len(shown)                       # to replace noise is no correction
     try:
         for call, xt in enumerate(frames, start=1):
-            text = ''
+            places = []
             for i, token in enumerate(xt[0].tolist()):
                 age[i] += 1
                 colour = PLAIN
@@ -457,7 +459,10 @@ def watched(frames, xt, tokenizer):
                     colour = CORRECTED if age[i] > 5 else CHANGED
                     age[i] = 0
                 shown[i] = token
-                text += colour + tokenizer.decode([token])
+                places.append((colour, token))
+            text = ''
+            for colour, run in groupby(places, itemgetter(0)):   # a letter may have several tokens
+                text += colour + tokenizer.decode([token for _, token in run])
             print(f'\x1b[H\x1b[J{text}{PLAIN}\n\n[call {call}]', flush=True)
             yield xt
     finally:

@@ -32,7 +32,7 @@ from checkpoint import (UNREADABLE, append_log, check_resume, check_start, check
                         load_model, load_optimizer, load_state, lock_folder, open_log, save,
                         set_aside_older_run, start_wandb, write_card)
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
-                  loss_mask, num_rows)
+                  loss_by_noise, loss_mask, num_rows)
 from device import (catch_signals, check_memory, check_same_step, largest_of_ranks, pick_device,
                     pick_dtype, say, start_distributed)
 from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, describe_window,
@@ -266,12 +266,16 @@ def run_script(script, *arguments, **options):
     subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], **options)
 
 
+def show_samples(count, *arguments, **options):
+    run_script('sample.py', f'--out_dir={out_dir}', f'--device={device}', f'--num_samples={count}',
+               *arguments, **options)
+
+
 def append_sample(step):
     """A short look at the text so far."""
     with open(f'{out_dir}/samples.txt', 'a') as file:
         print(f'step {step}', file=file, flush=True)
-        run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--steps=16',
-                   stdout=file)
+        show_samples(1, '--steps=16', stdout=file)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -287,8 +291,7 @@ def main():
     if master and not eval_only and Path(out_dir).exists():
         lock = lock_folder(out_dir)                      # before anything there is read
     start = where_to_start()
-    if wandb_log:
-        check_wandb()
+    check_wandb(wandb_log)
     torch.set_float32_matmul_precision('high')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all '
@@ -378,7 +381,7 @@ def main():
             lock = set_aside_older_run(out_dir, lock)
         log_file = open_log(out_dir, step)
         if wandb_log:
-            wandb_run = start_wandb(out_dir, settings)
+            wandb_run = start_wandb(out_dir, settings, step)
 
     def log(line, **record):
         record.update(step=step, seconds=time.monotonic() - began)
@@ -398,9 +401,8 @@ def main():
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
         figures = {f'val_{name}': value for name, value in figures.items()}
-        if kind != 'ar':                                 # times rise from row to row
-            for i, part in enumerate(nats.tensor_split(4), start=1):
-                figures[f'val_loss_q{i}'] = part.mean().item()
+        if kind != 'ar':
+            figures.update(loss_by_noise(nats))
         log(f'step {step}: val loss {line}', **figures)
         return figures
 
@@ -520,10 +522,10 @@ def main():
         say(f'{signal.Signals(stopped).name}: stopped after step {step}; the same command and '
             f'--init_from=resume continues from {out_dir}')
     elif log_file:
-        run_script('plot.py', out_dir)
+        run_script('plot.py', '--', out_dir)
         write_card(out_dir, figures, defaults)
         if num_samples:
-            run_script('sample.py', f'--out_dir={out_dir}', f'--num_samples={num_samples}')
+            show_samples(num_samples)
         say(f'next: python sample.py --watch, or eval.py, with --out_dir={out_dir}')
     if world > 1:
         dist.destroy_process_group()

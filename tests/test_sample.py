@@ -470,12 +470,12 @@ def test_a_file_of_prompts_becomes_json_lines(work):
 
 def test_watching_marks_what_changes_and_what_is_corrected(capsys):
     """The first token settles at call 1 and is corrected at call 8; the second changes at 2."""
-    tokenizer = SimpleNamespace(decode=lambda ids: 'abc'[ids[0]])
+    tokenizer = SimpleNamespace(decode=lambda ids: ''.join('abc'[i] for i in ids))
     frames = [torch.tensor([[1, 0]])] + [torch.tensor([[1, 2]])] * 6 + [torch.tensor([[0, 2]])]
     assert list(watched(frames, torch.tensor([[0, 0]]), tokenizer)) == frames
     plain, yellow, violet = '\x1b[0m', '\x1b[33m', '\x1b[35m'
     drawn = capsys.readouterr().out.split('\x1b[H\x1b[J')[1:]
-    expected = [f'{yellow}b{plain}a', f'{plain}b{yellow}c', *[f'{plain}b{plain}c'] * 5,
+    expected = [f'{yellow}b{plain}a', f'{plain}b{yellow}c', *[f'{plain}bc'] * 5,
                 f'{violet}a{plain}c']
     assert [text.split(f'{plain}\n')[0] for text in drawn] == expected
 

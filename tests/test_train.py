@@ -370,7 +370,7 @@ def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
     said = good(run_here(work, script, *args, '--out_dir=muon'))
     assert '1 steps skipped' in said
     adamw, muon = checkpoint(work / 'muon')['optimizers']
-    assert [set(s) for s in muon.values()] == [{'average'}] * 4
+    assert [set(s) for s in muon.values()] == [{'momentum_buffer'}] * 4
     assert all(s['step'] == 11 for s in adamw.values()) and len(adamw) > 8
 
     # both train, and the skipped step changes neither
