@@ -27,6 +27,7 @@ def test_each_cell_prints_or_draws(work, tmp_path, monkeypatch, capsys):
     os.symlink(work / 'out', tmp_path / 'out')
     monkeypatch.chdir(tmp_path / 'docs')
     matplotlib.use('agg')
+    plt.close('all')                                     # of other tests
     names, pictures = {}, 0
     for cell in code_cells():
         exec(''.join(cell['source']), names)
