@@ -305,7 +305,7 @@ def append_log(file, record):
     for name, value in record.items():
         if type(value) is float and not math.isfinite(value):
             record[name] = None
-    print(json.dumps(record), file=file)                 # eval.py's console may be closed
+    print(json.dumps(record), file=file)                 # print() bears a console that is closed
 
 
 def check_resume(out_dir, state, settings, config, token_files):

@@ -41,11 +41,11 @@ def run(main):
         sys.exit('stopped')
 
 
-def progress(iterable, what, total=None):
+def progress(iterable, what):
     """The iterable, with a bar on the terminal while it lasts; without a terminal, no bar."""
     from tqdm import tqdm
     first = sys.stderr and os.environ.get('RANK', '0') == '0'    # of torchrun's processes
-    return tqdm(iterable, what, total, leave=False, disable=None if first else True)
+    return tqdm(iterable, what, leave=False, disable=None if first else True)
 
 
 def configure(g, checks=(), argv=None, paths=None):

@@ -254,4 +254,4 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
 def loss_by_noise(nats):
     """The mean loss in each quarter of the times, a dict; of rows whose times rise: nats (n,)."""
     parts = nats.tensor_split(4)
-    return {f'val_loss_q{i}': part.mean().item() for i, part in enumerate(parts, start=1)}
+    return {f'loss_q{i}': part.mean().item() for i, part in enumerate(parts, start=1)}

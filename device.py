@@ -33,10 +33,11 @@ def catch_signals():
 
     def on_signal(number, frame):
         # torchrun sends one again to processes that have had it: there a second means nothing
-        hint = '' if dist.is_initialized() else '; a second signal stops at once'
+        torchrun = dist.is_initialized()
         first = noted.caught in (0, signal.SIGUSR1) or number == signal.SIGUSR1
-        at_once = not noted.doing or hint and not first
+        at_once = not noted.doing or not first and not torchrun
         noted.caught = number
+        hint = '' if torchrun else '; a second signal stops at once'
         what = 'stopped at once' if at_once else f'finishing {noted.doing}{hint}'
         say(f'{signal.Signals(number).name}: {what}')
         if at_once:

@@ -62,7 +62,7 @@ def transform(gamma, vocab_size):
 
 def describe_window(gamma_min, gamma_max, vocab_size):
     """The curriculum's window of noise in words: the same gammas mean less noise for a smaller
-    vocabulary."""
+    vocabulary. UserError if the window is empty."""
     if gamma_min >= gamma_max:
         raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}')
     first, last = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()

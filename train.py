@@ -400,9 +400,9 @@ def main():
             nats = evaluate(ema, kind, vocab_size, get_rows, n, batch_size, meta['pad_id'], here,
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
-        figures = {f'val_{name}': value for name, value in figures.items()}
         if kind != 'ar':
             figures.update(loss_by_noise(nats))
+        figures = {f'val_{name}': value for name, value in figures.items()}
         log(f'step {step}: val loss {line}', **figures)
         return figures
 
