@@ -25,6 +25,7 @@ from data import load_data, num_rows
 from device import pick_device, pick_dtype
 from diffusion import stratified_times
 from model import DiT, update_ema
+from optim import clip_and_step
 
 plan = False                 # what the whole run would take, instead of the formulas' costs
 gpu = ''                     # a plan for an 'h100', 'a100' or 't4' that is not here: an estimate
@@ -134,7 +135,7 @@ def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_mem
         with autocast:
             loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher)
         scaler.scale(loss).backward()
-        train.clip_and_step(optimizers, scaler, model.parameters())
+        clip_and_step(optimizers, scaler, model.parameters(), train.grad_clip)
         update_ema(ema, model, 0.999)
 
     share = train.curriculum_frac if train.objective == 'duo' else 0

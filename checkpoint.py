@@ -326,25 +326,6 @@ def check_resume(out_dir, state, settings, config, token_files):
     return changed
 
 
-OPTIMIZER_PARTS = dict(AdamW={'exp_avg', 'exp_avg_sq'}, Muon={'momentum_buffer'})
-
-
-def load_optimizer(optimizer, saved):
-    """The rates are this run's, not saved ones. ValueError where a part is missing, the shapes are
-    not those of its parameters, beyond which a fused step would read, or a counter of steps is
-    negative."""
-    needed = OPTIMIZER_PARTS.get(type(optimizer).__name__, set())
-    groups = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict(dict(state=saved, param_groups=groups))
-    for parameter, moments in optimizer.state.items():
-        if not needed <= moments.keys():
-            raise ValueError(f"the optimiser's state lacks {', '.join(needed - moments.keys())}")
-        if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
-            raise ValueError("the optimiser's state has other shapes than the weights")
-        if moments.get('step', 0) < 0:
-            raise ValueError("the optimiser's state is of a negative step")
-
-
 def check_start(source, info, kind, meta):
     """UserError unless a run of this kind, on the tokens of meta, can go on from source's model."""
     if info['objective'] != kind:
@@ -356,10 +337,12 @@ def check_start(source, info, kind, meta):
                         'tokenizer.json')
 
 
-def check_wandb(wanted):
-    # wandb leaves a folder of its name, which Python takes for a package without an origin
-    if wanted and not getattr(find_spec('wandb'), 'origin', None):
-        raise UserError('--wandb_log needs a package: pip install wandb')
+def check_packages(**wanted):
+    """UserError if a package that is wanted (a value that counts as true) is not installed."""
+    for name, value in wanted.items():
+        # wandb leaves a folder of its name, which Python takes for a package without an origin
+        if value and not getattr(find_spec(name), 'origin', None):
+            raise UserError(f'these settings need {name}: pip install {name}')
 
 
 def start_wandb(out_dir, settings, step):

@@ -46,7 +46,7 @@ max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
 # --- samples
 gen_ppl = ''                 # the judge: the folder of an AR model, or a Hugging Face causal LM
-num_samples = 64             # a reverse PPL takes 30,000 tokens or more in all
+num_samples = 256            # a reverse PPL takes 30,000 tokens or more in all
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
 sampler = 'ancestral'        # as published; see sample.py
 steps = '8,32,128'           # numbers of sampling steps, with commas between them

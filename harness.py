@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from configurator import UserError
-from sample import generate, score
+from sample import equally_long, generate, score_rows
 
 
 class NanoDuo(LM):
@@ -22,7 +22,7 @@ class NanoDuo(LM):
     def __init__(self, loaded, draws, options):
         super().__init__()
         self.tokenizer = loaded.tokenizer
-        # score and generate get ids instead of texts, since contexts are cut between tokens
+        # generate gets ids instead of texts, since contexts are cut between tokens
         as_they_are = self.tokenizer._replace(encode=list, decode=list)
         self.loaded = loaded._replace(tokenizer=as_they_are)
         self.block_size = loaded.info['model']['block_size']
@@ -36,35 +36,44 @@ class NanoDuo(LM):
 
     def loglikelihood(self, requests):
         """Blanks between context and answer belong to the answer, as in lm_eval's own models."""
-        result = []
+        data = self.loaded.info['data']
+        parts = []
         for request in requests:
             context, answer = request.args
             text = context.rstrip()
             answer = self.tokenizer.encode(context[len(text):] + answer)
             context = self.context(text, len(answer))
-            nats, _ = score(self.loaded, [answer], context, draws=self.draws)
-            result.append((-nats.item(), self.is_greedy(context, answer)))
-        return result
+            parts.append(([data['bos_id'], *context], answer, [data['eos_id']]))
+        nats, _ = score_rows(self.loaded, parts, self.draws)
+        return list(zip((-nats).tolist(), self.are_greedy(parts)))
 
     @torch.no_grad()
-    def is_greedy(self, context, answer):
-        """Is each token the likeliest? For a diffusion model always False."""
+    def are_greedy(self, parts):
+        """Of each row: is every token of the answer the likeliest? For a diffusion model False."""
+        greedy = [False] * len(parts)
         model, _, info = self.loaded
         if info['objective'] != 'ar':
-            return False
-        row = [info['data']['bos_id'], *context, *answer]
-        x = torch.tensor([row], device=model.output_layer.linear.weight.device)
-        likeliest = model(x)[0, len(context):-1].argmax(-1)
-        return likeliest.tolist() == answer
+            return greedy
+        device = model.output_layer.linear.weight.device
+        rows = [context + answer for context, answer, _ in parts]
+        for numbers in equally_long(rows, 2 ** 12):
+            x = torch.tensor([rows[i] for i in numbers], device=device)
+            likeliest = model(x).argmax(-1).tolist()
+            for i, tokens in zip(numbers, likeliest):
+                context, answer, _ = parts[i]
+                greedy[i] = tokens[len(context) - 1:-1] == answer
+        return greedy
 
     def loglikelihood_rolling(self, requests):
         """In windows that know nothing of each other."""
+        data = self.loaded.info['data']
+        n = self.block_size - 2
         result = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0])
-            n = self.block_size - 2
-            windows = [ids[i:i + n] for i in range(0, len(ids), n)]
-            nats, _ = score(self.loaded, windows or [[]], draws=self.draws)
+            windows = [([data['bos_id']], ids[i:i + n], [data['eos_id']])
+                       for i in range(0, max(1, len(ids)), n)]
+            nats, _ = score_rows(self.loaded, windows, self.draws)
             result.append(-nats.sum().item())
         return result
 
@@ -89,12 +98,20 @@ class NanoDuo(LM):
         return result
 
 
+class Tasks(TaskManager):
+    def load(self, names):
+        try:
+            return super().load(names)
+        except Exception as error:  # a task is a user's code, too, and can raise anything
+            raise UserError(f'--lm_eval: {names} cannot be loaded: {error!r:.200}')
+
+
 def run_tasks(loaded, names, folder, limit, draws, options):
     """Print lm_eval's table, and return it as {'task metric': value}. names: of tasks; folder: of
     more tasks, or ''; limit: questions of each task, 0 for all."""
     if folder and not Path(folder).is_dir():
         raise UserError(f'--lm_eval_tasks={folder}: no such folder')
-    manager = TaskManager(include_path=folder or None)
+    manager = Tasks(include_path=folder or None)
     for name in set(names) - set(manager.all_tasks):
         raise UserError(f'--lm_eval: no task {name!r}, neither of lm_eval nor in --lm_eval_tasks')
     found = simple_evaluate(NanoDuo(loaded, draws, options), tasks=names, task_manager=manager,

@@ -74,6 +74,7 @@ device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 
 T_END = 1e-5                 # the time from which the last call removes the noise that is left
+SCORED_TOKENS = 2 ** 15      # in a network call, noise draws included
 CHECKS = [
     ('num_samples batch_size', lambda v: 1 <= v < 2 ** 63, 'at least 1 and below 2^63'),
     ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
@@ -377,28 +378,47 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
 # --------------------------------------------------------------------------------------------------
 # how likely a text is
 
-@torch.no_grad()
 def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     """Nats of each of the texts between given and suffix, and their standard errors: two (N,)
     float64. Exact for AR (suffix is not used), else an upper bound: the mean of some draws of the
     NELBO, with noise on the text alone, from the same seeds for all texts."""
-    model, tokenizer, info = loaded
-    data, objective = info['data'], info['objective']
-    before = [data['bos_id'], *tokenizer.encode(given)]
-    after = [*tokenizer.encode(suffix), data['eos_id']]
+    encode, data = loaded.tokenizer.encode, loaded.info['data']
+    before = [data['bos_id'], *encode(given)]
+    after = [*encode(suffix), data['eos_id']]
+    return score_rows(loaded, [(before, encode(text), after) for text in texts], draws, seed)
+
+
+def equally_long(rows, max_tokens):
+    """Yields lists of the numbers of rows (lists) that are equally long, at most max_tokens long
+    together: rows share a network call unpadded, since a diffusion model would see the pads."""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for length, numbers in groupby(by_length, lambda i: len(rows[i])):
+        numbers = list(numbers)
+        n = max(1, max_tokens // length)
+        for first in range(0, len(numbers), n):
+            yield numbers[first:first + n]
+
+
+@torch.no_grad()
+def score_rows(loaded, parts, draws=32, seed=1337):
+    """The same for lists of ids: parts holds (before, text, after) for each row."""
+    model, _, info = loaded
+    objective = info['objective']
     if objective == 'ar':
         draws = 1
-    sums = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        x0, fixed = fill_holes(loaded, [before + ids + after], draws)       # (draws,T)
-        inside = slice(-len(after) - len(ids), -len(after))
-        fixed[:, inside] = False
-        t = stratified_times(0.5, 0, draws, draws, device=x0.device)
-        nats = token_nll(model, x0, t, data['vocab_size'], objective, range(seed, seed + draws),
-                         fixed)
-        sums.append(nats[:, inside].double().sum(-1))
-    sums = torch.stack(sums).cpu()                                          # (N,draws)
+    rows = [before + text + after for before, text, after in parts]
+    sums = torch.zeros(len(rows), draws, dtype=torch.float64)
+    for numbers in equally_long(rows, SCORED_TOKENS // draws):
+        n = len(numbers)
+        x0, fixed = fill_holes(loaded, [rows[i] for i in numbers], draws)  # (n draws,T), by row
+        for i, is_fixed in zip(numbers, fixed.split(draws)):               # a view, (draws,T)
+            before, text, _ = parts[i]
+            is_fixed[:, len(before):len(before) + len(text)] = False
+        t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
+        nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
+                         n * [*range(seed, seed + draws)], fixed)
+        nats = nats.double().masked_fill(fixed[:, -nats.size(1):], 0)
+        sums[numbers] = nats.sum(-1).view(n, draws).cpu()
     return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)
 
 

@@ -12,6 +12,7 @@ there is a run to resume, and else starts one. On several nodes, start torchrun 
 would take: python bench.py --plan, with the same settings.
 """
 import copy
+import json
 import math
 import signal
 import subprocess
@@ -28,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import (UNREADABLE, append_log, check_resume, check_start, check_wandb, has_state,
-                        load_model, load_optimizer, load_state, lock_folder, open_log, save,
+from checkpoint import (UNREADABLE, append_log, check_packages, check_resume, check_start,
+                        has_state, load_model, load_state, lock_folder, open_log, save,
                         set_aside_older_run, start_wandb, write_card)
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_by_noise, loss_mask, num_rows)
@@ -39,7 +40,7 @@ from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entrop
                        evaluate, head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens,
                        stratified_times, teacher_kl, transform)
 from model import DiT, DiTConfig, update_ema
-from muon import Muon
+from optim import Muon, clip_and_step, load_optimizer, set_lr
 
 # --- files and intervals, in steps
 out_dir = 'out'
@@ -54,6 +55,9 @@ eval_only = False            # validate once and stop
 init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name;
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
 num_samples = 3              # texts to print at the end
+gate = ''                    # a score of eval.py --lm_eval, 'hellaswag acc_norm' for one, taken at
+gate_score = 0.0             # each validation: the run ends when it is as high as this
+gate_options = ''            # of eval.py meanwhile, like '--max_rows=1000 --dtype=auto'
 # --- wandb
 wandb_log = False
 wandb_project = 'nanoduo'
@@ -213,30 +217,6 @@ def build_optimizer(model):
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
     return optimizers
 
-
-def set_lr(optimizers, share):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault('initial_lr', group['lr'])
-            group['lr'] = group['initial_lr'] * share
-
-
-def clip_and_step(optimizers, scaler, params):
-    """Step, unless a gradient is not finite; returns their norm, before it was clipped."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    finite = norm.isfinite()
-    for optimizer in optimizers:
-        can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
-        if can_skip:
-            optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        if can_skip or finite:                           # scaler.step() would not see the others
-            optimizer.step()
-        optimizer.zero_grad()
-    scaler.update()
-    return norm
-
 # --------------------------------------------------------------------------------------------------
 # starting
 
@@ -263,19 +243,30 @@ def open_data(folder, master):
 
 def run_script(script, *arguments, **options):
     """Start another script of this folder, as a user would; options: of subprocess.run."""
-    subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], **options)
+    return subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], **options)
 
 
-def show_samples(count, *arguments, **options):
-    run_script('sample.py', f'--out_dir={out_dir}', f'--device={device}', f'--num_samples={count}',
-               *arguments, **options)
+def run_on_model(script, *arguments, **options):
+    """The same for the model in out_dir."""
+    return run_script(script, f'--out_dir={out_dir}', f'--device={device}', *arguments, **options)
 
 
 def append_sample(step):
     """A short look at the text so far."""
     with open(f'{out_dir}/samples.txt', 'a') as file:
         print(f'step {step}', file=file, flush=True)
-        show_samples(1, '--steps=16', stdout=file)
+        run_on_model('sample.py', '--num_samples=1', '--steps=16', stdout=file)
+
+
+def score_gate():
+    """The score that the gate is about, of the newest checkpoint; -inf where there is none."""
+    task = gate.partition(' ')[0]
+    scored = run_on_model('eval.py', f'--lm_eval={task}', *gate_options.split(),
+                          stdout=subprocess.PIPE)
+    scores = {} if scored.returncode else json.loads(scored.stdout.splitlines()[-1])
+    if gate not in scores:
+        say(f'--gate={gate} is not among the scores: {scores}')
+    return scores.get(gate, -math.inf)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -291,7 +282,7 @@ def main():
     if master and not eval_only and Path(out_dir).exists():
         lock = lock_folder(out_dir)                      # before anything there is read
     start = where_to_start()
-    check_wandb(wandb_log)
+    check_packages(wandb=wandb_log, lm_eval=gate)
     torch.set_float32_matmul_precision('high')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}, over all '
@@ -400,8 +391,7 @@ def main():
             nats = evaluate(ema, kind, vocab_size, get_rows, n, batch_size, meta['pad_id'], here,
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
-        if kind != 'ar':
-            figures.update(loss_by_noise(nats))
+        figures |= loss_by_noise(nats, kind)
         figures = {f'val_{name}': value for name, value in figures.items()}
         log(f'step {step}: val loss {line}', **figures)
         return figures
@@ -467,6 +457,11 @@ def main():
             if at_eval and num_samples and not (done or stopped):
                 append_sample(step)
             saved = time.monotonic()
+        if at_eval and gate and not stopped:
+            signals.doing = 'the scoring'
+            score = largest_of_ranks(score_gate() if master else -math.inf)
+            log(f'step {step}: {gate} {score:.4f}, gate {gate_score}', score=score)
+            done |= score >= gate_score
         ticked += time.monotonic() - paused              # not counted in tokens/s
         if done or eval_only or stopped:
             break
@@ -488,7 +483,7 @@ def main():
             torch.compiler.set_stance('force_eager')
             model.zero_grad()
             loss = accumulate_gradients()
-        norm = clip_and_step(optimizers, scaler, model.parameters())
+        norm = clip_and_step(optimizers, scaler, model.parameters(), grad_clip)
         finite = norm.isfinite()
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
@@ -525,7 +520,7 @@ def main():
         run_script('plot.py', '--', out_dir)
         write_card(out_dir, figures, defaults)
         if num_samples:
-            show_samples(num_samples)
+            run_on_model('sample.py', f'--num_samples={num_samples}')
         say(f'next: python sample.py --watch, or eval.py, with --out_dir={out_dir}')
     if world > 1:
         dist.destroy_process_group()

@@ -4,12 +4,8 @@
 #     python bench.py --plan config/speedrun_duo.py --gpus=8 --gpu=h100
 # To compare, minutes to 27.5% on 8 H100 by the records of speedrun-dlm (not checked here): masked
 # diffusion 12, Duo 43, Duo with the authors' top-k curriculum 80.
-#     python prepare.py fineweb_edu && torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
-# In another shell, after pip install lm_eval: score the newest checkpoint until it is good enough;
-# then stop the training by Ctrl-C:
-#     until python eval.py --out_dir=out-speedrun-duo --lm_eval=hellaswag --dtype=auto | tail -n 1 |
-#         python -c "import json; exit(json.loads(input())['hellaswag acc_norm'] < 0.275)"
-#     do sleep 60; done
+#     pip install lm_eval && python prepare.py fineweb_edu
+#     torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
 from pathlib import Path
 exec((Path(__file__).parent / 'owt_duo.py').read_text())  # as owt_duo.py, except:
 out_dir = 'out-speedrun-duo'
@@ -22,4 +18,7 @@ warmup_iters = 500
 cooldown_frac = 0.4
 ema_decay = 0.998
 
-eval_interval = 1000                 # each evaluation leaves a checkpoint to score
+eval_interval = 1000
+gate = 'hellaswag acc_norm'          # the run ends at the first validation with such a score;
+gate_score = 0.275                   # meanwhile all but one GPU wait
+gate_options = '--dtype=auto --lm_eval_draws=8'

@@ -17,6 +17,7 @@ from configurator import UserError
 from device import pick_dtype
 from diffusion import evaluate, q_sample, soft_tokens, stratified_times, transform
 from model import DiT, DiTConfig, update_ema
+from optim import clip_and_step
 from sample import Loaded, denoise, sample_prior
 
 K, B, T = 1000, 16, 64
@@ -83,7 +84,7 @@ def train_steps(name, device, dtype, compiled=False):
         with autocast:
             loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher, None, grad_scale)
         scaler.scale(loss).backward()
-        finite = train.clip_and_step(optimizers, scaler, model.parameters()).isfinite()
+        finite = clip_and_step(optimizers, scaler, model.parameters(), 1.0).isfinite()
         update_ema(ema, model, 0.5)
         losses.append(torch.where(finite, loss.detach(), torch.nan))
     with autocast:

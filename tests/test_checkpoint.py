@@ -16,12 +16,13 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (STATE, has_state, load_model, load_optimizer, load_state, lock_folder,
-                        open_log, save, set_aside_older_run, step_files, write_card, write_model)
+from checkpoint import (STATE, has_state, load_model, load_state, lock_folder, open_log, save,
+                        set_aside_older_run, step_files, write_card, write_model)
 from configurator import UserError
 from files import hub_cache
 from helpers import equal, good, log, one_line, run, run_here
 from model import DiT, DiTConfig
+from optim import load_optimizer
 
 DATA = dict(tokenizer='bytes', tokenizer_sha256=None, vocab_size=256, bos_id=0, eos_id=0,
             pad_id=None)

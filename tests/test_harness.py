@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checkpoint import has_state
 from data import load_tokenizer
-from helpers import TINY, good, one_line, run_here
+from helpers import TINY, good, log, one_line, run, run_here
 from test_eval import evaluated
 from test_sample import of_model, random_model
 
 pytest.importorskip('lm_eval', reason='needs pip install lm_eval')
-from lm_eval.tasks import TaskManager                                # noqa: E402
-
 import harness                                                       # noqa: E402
 
 TASK = '''
@@ -58,7 +57,7 @@ def offline(monkeypatch, tmp_path_factory):
 @pytest.fixture
 def only_ours(monkeypatch):
     """Without lm_eval's own tasks, of which the list takes seconds to read."""
-    monkeypatch.setattr(harness, 'TaskManager', partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(harness, 'Tasks', partial(harness.Tasks, include_defaults=False))
 
 
 @pytest.fixture(scope='module')
@@ -93,11 +92,13 @@ def test_an_unknown_task_among_those_of_lm_eval(trained):
 @pytest.mark.parametrize('args, said', [
     ('--lm_eval=lines, --lm_eval_tasks=tasks', "no task ''"),
     ('--lm_eval=piqa --lm_eval_tasks=nowhere', 'nowhere: no such folder'),
-    ('--lm_eval=broken --lm_eval_tasks=broken', 'broken.json')])
+    ('--lm_eval=broken --lm_eval_tasks=broken', 'broken.json'),
+    ('--lm_eval=senseless --lm_eval_tasks=broken', 'senseless')])
 def test_mistakes_are_one_line(trained, only_ours, args, said):
     if not (trained / 'broken').exists():
         write_task(trained / 'broken', 'broken', CHOICE, [])
         (trained / 'broken' / 'broken.json').unlink()
+        (trained / 'broken' / 'senseless.yaml').write_text('task: senseless')
     one_line(run_here(trained, 'eval.py', *args.split()), said)
 
 
@@ -116,15 +117,32 @@ def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypat
     loaded = loaded._replace(tokenizer=load_tokenizer(dict(tokenizer='bytes', eos_id=0), ''))
     seen = []
 
-    def known_score(loaded, texts, given, draws):
+    def known_score(loaded, parts, draws):
         assert draws == 5
-        seen.append((bytes(given).decode(), bytes(texts[0]).decode()))
-        return torch.tensor([nats[seen[-1][1]]], dtype=torch.float64), None
-    monkeypatch.setattr(harness, 'score', known_score)
+        for before, answer, after in parts:
+            assert before[0] == after[0] == 0
+            seen.append((bytes(before[1:]).decode(), bytes(answer).decode()))
+        return torch.tensor([nats[answer] for _, answer in seen], dtype=torch.float64), None
+    monkeypatch.setattr(harness, 'score_rows', known_score)
     write_task(tmp_path, 'known', CHOICE, questions)
     figures = harness.run_tasks(loaded, ['known'], str(tmp_path), 4, 5, {})
     assert [figures[f'known {name}'] for name in ('acc', 'acc_norm', 'acc_bytes')] == [.5, .5, .75]
     assert seen[:2] == [('A?', ' yes'), ('A?', ' certainly')]
+
+
+def test_a_run_ends_when_its_score_passes_the_gate(trained, tmp_path):
+    """Scored by a second process, of which lm_eval's own list of tasks takes seconds."""
+    args = [*TINY, '--max_iters=40', '--eval_interval=1', '--learning_rate=1e-2', '--num_samples=0',
+            '--gate=lines acc', '--gate_options=--lm_eval_tasks=tasks --lm_eval_draws=2']
+    said = good(run(trained, 'train.py', *args, '--gate_score=0', '--out_dir=gate'))
+    assert 'step 1: lines acc ' in said and 'gate 0.0' in said
+    [score] = log(trained / 'gate', 'score')
+    assert 0 <= score <= 1 and has_state(trained / 'gate')
+    assert (trained / 'gate' / 'README.md').exists()
+    done = run(trained, 'train.py', *args, '--gate_score=2', '--max_iters=2', '--gate=lines nothing',
+               '--out_dir=gate')
+    assert '--gate=lines nothing is not among the scores' in good(done)
+    assert log(trained / 'gate', 'step')[-1] == 2
 
 
 def asked(*args):
@@ -142,7 +160,8 @@ def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     row = torch.tensor([[0, *low.encode('inning')]])
     best = loaded.model(row)[0, -1].argmax().item()
     for token in (best, (best + 1) % 50):
-        assert lm.is_greedy(low.encode('inning'), [token]) == (token == best)
+        part = [0, *low.encode('inning')], [token], []
+        assert lm.are_greedy([part, part]) == 2 * [token == best]
     whole, = lm.loglikelihood_rolling(asked('a text of 20 letters'))
     windows = [lm.loglikelihood(asked('', text))[0][0] for text in ('a text of 20 l', 'etters')]
     assert whole == pytest.approx(sum(windows))

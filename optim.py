@@ -1,0 +1,96 @@
+"""
+Optimisers: Muon, a step of several that may be skipped, and their resuming.
+
+Muon (Keller Jordan, 2024) is for the matrices inside the blocks. Its update is the Nesterov
+momentum with all directions made equally strong, so that rare ones are learnt, too.
+torch.optim.Muon is the same in bfloat16, which most CPUs emulate slowly.
+"""
+import math
+
+import torch
+
+
+def orthogonalise(x):
+    """The matrix x (m,n) with its singular values brought near 1 (0.7 to 1.2): five steps of a
+    Newton-Schulz iteration, with Jordan's coefficients."""
+    if x.size(0) > x.size(1):
+        return orthogonalise(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """lr is on AdamW's scale: updates get the size that AdamW's have (arXiv 2502.16982)."""
+
+    _step_supports_amp_scaling = True    # found_inf, a tensor, skips a step, as of a fused AdamW
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        skip = getattr(self, 'found_inf', torch.zeros(())).bool()
+        for group in self.param_groups:
+            momentum, lr = group['momentum'], group['lr']
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                average = state['momentum_buffer'].lerp(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(average, momentum))
+                update *= 0.2 * max(p.shape) ** 0.5
+                update += group['weight_decay'] * p
+                state['momentum_buffer'] = torch.where(skip, state['momentum_buffer'], average)
+                p.sub_(torch.where(skip, 0, lr * update))
+
+# --------------------------------------------------------------------------------------------------
+# what treats all optimisers of a run alike
+
+def set_lr(optimizers, share):
+    """Every parameter group gets this share of its own rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault('initial_lr', group['lr'])
+            group['lr'] = group['initial_lr'] * share
+
+
+def clip_and_step(optimizers, scaler, params, max_norm):
+    """Step, unless a gradient is not finite; returns their norm, before it was clipped to max_norm
+    (0: not clipped)."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    finite = norm.isfinite()
+    for optimizer in optimizers:
+        can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
+        if can_skip:
+            optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
+        if can_skip or finite:                           # scaler.step() would not see the others
+            optimizer.step()
+        optimizer.zero_grad()
+    scaler.update()
+    return norm
+
+
+STATE_PARTS = {torch.optim.AdamW: {'exp_avg', 'exp_avg_sq'}, Muon: {'momentum_buffer'}}
+
+
+def load_optimizer(optimizer, saved):
+    """The rates are this run's, not saved ones. ValueError where a part is missing, the shapes are
+    not those of its parameters, beyond which a fused step would read, or a counter of steps is
+    negative."""
+    needed = STATE_PARTS.get(type(optimizer), set())
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict(dict(state=saved, param_groups=groups))
+    for parameter, moments in optimizer.state.items():
+        if not needed <= moments.keys():
+            raise ValueError(f"the optimiser's state lacks {', '.join(needed - moments.keys())}")
+        if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
+            raise ValueError("the optimiser's state has other shapes than the weights")
+        if moments.get('step', 0) < 0:
+            raise ValueError("the optimiser's state is of a negative step")
