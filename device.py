@@ -1,7 +1,10 @@
 """Where a script runs: the console, the device, its number format, one process or many."""
 import os
 import signal
+import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +26,13 @@ def say(line):
         pass                                             # a signal came while another line was said
     except OSError:                                      # gone, or full: this and all that follows,
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # of scripts started here too, is dropped
+
+
+def run_script(script, *arguments, **options):
+    """Start another script of this folder, as a user would; options: of subprocess.run."""
+    alone = {name: value for name, value in os.environ.items() if name != 'RANK'}
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    return subprocess.run(command, env=alone, **options)
 
 
 def catch_signals():
@@ -103,7 +113,8 @@ def start_distributed(device, backend='nccl'):
         backend = 'gloo'
     dist.init_process_group(backend, device_id=device_id)
     global control
-    control = dist.new_group(backend='gloo')             # does not wait for the GPU
+    # does not wait for the GPU, but for a first process that scores for long
+    control = dist.new_group(backend='gloo', timeout=timedelta(days=1))
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -111,12 +122,12 @@ def largest_of_ranks(number):
     """The largest of all processes' numbers; where one has died, the others notice it here."""
     if control is None:
         return number
-    largest = torch.tensor(number)
+    largest = torch.tensor(number, dtype=torch.float64)
     try:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
     except RuntimeError:
         raise UserError(f'rank {dist.get_rank()}: another process has ended: its message is above')
-    return largest.item()
+    return type(number)(largest.item())
 
 
 def check_same_step(step):

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from configurator import UserError
+from diffusion import head_losses
 from sample import equally_long, generate, score_rows
 
 
@@ -54,12 +55,13 @@ class NanoDuo(LM):
         model, _, info = self.loaded
         if info['objective'] != 'ar':
             return greedy
-        device = model.output_layer.linear.weight.device
+        linear = model.output_layer.linear
+        likeliest = lambda logits: logits.argmax(-1)
         rows = [context + answer for context, answer, _ in parts]
-        for numbers in equally_long(rows, 2 ** 12):
-            x = torch.tensor([rows[i] for i in numbers], device=device)
-            likeliest = model(x).argmax(-1).tolist()
-            for i, tokens in zip(numbers, likeliest):
+        for indices in equally_long(rows):
+            x = torch.tensor([rows[i] for i in indices], device=linear.weight.device)
+            best = head_losses(model.hidden(x), linear.weight, linear.bias, likeliest, [])   # (n,T)
+            for i, tokens in zip(indices, best.tolist()):
                 context, answer, _ = parts[i]
                 greedy[i] = tokens[len(context) - 1:-1] == answer
         return greedy

@@ -1,5 +1,6 @@
 """
-Optimisers: Muon, a step of several that may be skipped, and their resuming.
+The optimiser Muon, and what treats all optimisers of a run alike: rates, clipping, steps that are
+skipped, resuming.
 
 Muon (Keller Jordan, 2024) is for the matrices inside the blocks. Its update is the Nesterov
 momentum with all directions made equally strong, so that rare ones are learnt, too.
@@ -49,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(torch.where(skip, 0, lr * update))
 
 # --------------------------------------------------------------------------------------------------
-# what treats all optimisers of a run alike
+# all optimisers of a run
 
 def set_lr(optimizers, share):
     """Every parameter group gets this share of its own rate."""
@@ -60,8 +61,8 @@ def set_lr(optimizers, share):
 
 
 def clip_and_step(optimizers, scaler, params, max_norm):
-    """Step, unless a gradient is not finite; returns their norm, before it was clipped to max_norm
-    (0: not clipped)."""
+    """Step, unless a gradient is not finite. Returns the norm of all, before it is clipped to
+    max_norm (0: not clipped), and whether it is finite: tensors."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
@@ -74,7 +75,7 @@ def clip_and_step(optimizers, scaler, params, max_norm):
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
-    return norm
+    return norm, finite
 
 
 STATE_PARTS = {torch.optim.AdamW: {'exp_avg', 'exp_avg_sq'}, Muon: {'momentum_buffer'}}

@@ -388,15 +388,15 @@ def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     return score_rows(loaded, [(before, encode(text), after) for text in texts], draws, seed)
 
 
-def equally_long(rows, max_tokens):
-    """Yields lists of the numbers of rows (lists) that are equally long, at most max_tokens long
-    together: rows share a network call unpadded, since a diffusion model would see the pads."""
+def equally_long(rows, max_tokens=SCORED_TOKENS):
+    """Yields lists of indices of rows (lists) of one length, which share a network call unpadded,
+    since a diffusion model would see the pads. One row, or at most max_tokens in all."""
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for length, numbers in groupby(by_length, lambda i: len(rows[i])):
-        numbers = list(numbers)
+    for length, indices in groupby(by_length, lambda i: len(rows[i])):
+        indices = list(indices)
         n = max(1, max_tokens // length)
-        for first in range(0, len(numbers), n):
-            yield numbers[first:first + n]
+        for first in range(0, len(indices), n):
+            yield indices[first:first + n]
 
 
 @torch.no_grad()
@@ -408,17 +408,17 @@ def score_rows(loaded, parts, draws=32, seed=1337):
         draws = 1
     rows = [before + text + after for before, text, after in parts]
     sums = torch.zeros(len(rows), draws, dtype=torch.float64)
-    for numbers in equally_long(rows, SCORED_TOKENS // draws):
-        n = len(numbers)
-        x0, fixed = fill_holes(loaded, [rows[i] for i in numbers], draws)  # (n draws,T), by row
-        for i, is_fixed in zip(numbers, fixed.split(draws)):               # a view, (draws,T)
+    for indices in equally_long(rows, SCORED_TOKENS // draws):
+        n = len(indices)
+        x0, fixed = fill_holes(loaded, [rows[i] for i in indices], draws)  # (n draws,T), by row
+        for i, is_fixed in zip(indices, fixed.split(draws)):               # a view, (draws,T)
             before, text, _ = parts[i]
             is_fixed[:, len(before):len(before) + len(text)] = False
         t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
         nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
                          n * [*range(seed, seed + draws)], fixed)
         nats = nats.double().masked_fill(fixed[:, -nats.size(1):], 0)
-        sums[numbers] = nats.sum(-1).view(n, draws).cpu()
+        sums[indices] = nats.sum(-1).view(n, draws).cpu()
     return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)
 
 

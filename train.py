@@ -14,6 +14,7 @@ would take: python bench.py --plan, with the same settings.
 import copy
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from checkpoint import (UNREADABLE, append_log, check_packages, check_resume, ch
 from data import (check_tokens, epoch_rows, fingerprint, get_batch, likelihood_figures, load_data,
                   loss_by_noise, loss_mask, num_rows)
 from device import (catch_signals, check_memory, check_same_step, largest_of_ranks, pick_device,
-                    pick_dtype, say, start_distributed)
+                    pick_dtype, run_script, say, start_distributed)
 from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, describe_window,
                        evaluate, head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens,
                        stratified_times, teacher_kl, transform)
@@ -55,9 +56,9 @@ eval_only = False            # validate once and stop
 init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name;
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
 num_samples = 3              # texts to print at the end
-gate = ''                    # a score of eval.py --lm_eval, 'hellaswag acc_norm' for one, taken at
-gate_score = 0.0             # each validation: the run ends when it is as high as this
-gate_options = ''            # of eval.py meanwhile, like '--max_rows=1000 --dtype=auto'
+gate = ''                    # 'hellaswag acc_norm', or another score that eval.py --lm_eval prints:
+gate_score = 1.0             # a validation that finds it as high as this ends the run
+gate_options = ''            # of eval.py then, like '--max_rows=1000 --dtype=auto'
 # --- wandb
 wandb_log = False
 wandb_project = 'nanoduo'
@@ -116,6 +117,7 @@ CHECKS = [
     ('curriculum_k', lambda v: v >= 2, 'at least 2'),
     ('objective', lambda v: v in ('duo', 'dcd', 'mdlm', 'ar'), 'duo, dcd, mdlm or ar'),
     ('optimizer', lambda v: v in ('adamw', 'muon'), 'adamw or muon'),
+    ('gate', lambda v: not v or ' ' in v, "a task and its metric, like 'hellaswag acc_norm'"),
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -241,13 +243,8 @@ def open_data(folder, master):
     return meta, data
 
 
-def run_script(script, *arguments, **options):
-    """Start another script of this folder, as a user would; options: of subprocess.run."""
-    return subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], **options)
-
-
 def run_on_model(script, *arguments, **options):
-    """The same for the model in out_dir."""
+    """Start a script that reads the model in out_dir."""
     return run_script(script, f'--out_dir={out_dir}', f'--device={device}', *arguments, **options)
 
 
@@ -259,14 +256,16 @@ def append_sample(step):
 
 
 def score_gate():
-    """The score that the gate is about, of the newest checkpoint; -inf where there is none."""
+    """The score that the gate asks for, of the newest checkpoint; -inf where there is none."""
+    torch.cuda.empty_cache()                             # eval.py shares the GPU
     task = gate.partition(' ')[0]
-    scored = run_on_model('eval.py', f'--lm_eval={task}', *gate_options.split(),
-                          stdout=subprocess.PIPE)
-    scores = {} if scored.returncode else json.loads(scored.stdout.splitlines()[-1])
-    if gate not in scores:
-        say(f'--gate={gate} is not among the scores: {scores}')
-    return scores.get(gate, -math.inf)
+    scored = run_on_model('eval.py', f'--lm_eval={task}', *shlex.split(gate_options),
+                          stdout=subprocess.PIPE, text=True)
+    try:
+        return float(json.loads(scored.stdout.splitlines()[-1])[gate])
+    except (LookupError, TypeError, ValueError):         # it failed, or has other scores
+        say(f'no score for --gate={gate}: {scored.stdout[-400:]}')
+        return -math.inf
 
 # --------------------------------------------------------------------------------------------------
 
@@ -436,7 +435,8 @@ def main():
     # ---- the loop
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
-    first_step = logged_step = step
+    logged_step = step
+    first_step = 0 if gate else step                     # a run that passed the gate passes again
     while True:
         # 1. VALIDATE, SAVE, STOP
         stopped = largest_of_ranks(signals.caught)
@@ -457,7 +457,7 @@ def main():
             if at_eval and num_samples and not (done or stopped):
                 append_sample(step)
             saved = time.monotonic()
-        if at_eval and gate and not stopped:
+        if gate and (at_eval or done) and not stopped:
             signals.doing = 'the scoring'
             score = largest_of_ranks(score_gate() if master else -math.inf)
             log(f'step {step}: {gate} {score:.4f}, gate {gate_score}', score=score)
@@ -483,8 +483,7 @@ def main():
             torch.compiler.set_stance('force_eager')
             model.zero_grad()
             loss = accumulate_gradients()
-        norm = clip_and_step(optimizers, scaler, model.parameters(), grad_clip)
-        finite = norm.isfinite()
+        norm, finite = clip_and_step(optimizers, scaler, model.parameters(), grad_clip)
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
         good += finite

@@ -84,7 +84,7 @@ def train_steps(name, device, dtype, compiled=False):
         with autocast:
             loss = train.training_loss(model, x0, u, step, K, loss_fn, teacher, None, grad_scale)
         scaler.scale(loss).backward()
-        finite = clip_and_step(optimizers, scaler, model.parameters(), 1.0).isfinite()
+        _, finite = clip_and_step(optimizers, scaler, model.parameters(), 1.0)
         update_ema(ema, model, 0.5)
         losses.append(torch.where(finite, loss.detach(), torch.nan))
     with autocast:

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint import has_state
 from data import load_tokenizer
-from helpers import TINY, good, log, one_line, run, run_here
+from helpers import TINY, good, log, one_line, run, run_here, run_ranks
 from test_eval import evaluated
 from test_sample import of_model, random_model
 
@@ -130,19 +130,27 @@ def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypat
     assert seen[:2] == [('A?', ' yes'), ('A?', ' certainly')]
 
 
-def test_a_run_ends_when_its_score_passes_the_gate(trained, tmp_path):
-    """Scored by a second process, of which lm_eval's own list of tasks takes seconds."""
-    args = [*TINY, '--max_iters=40', '--eval_interval=1', '--learning_rate=1e-2', '--num_samples=0',
-            '--gate=lines acc', '--gate_options=--lm_eval_tasks=tasks --lm_eval_draws=2']
+def test_a_run_ends_when_its_score_passes_the_gate(trained):
+    """Scored by another process, of which lm_eval's own list of tasks takes seconds."""
+    args = [*TINY, '--max_iters=40', '--eval_interval=1', '--num_samples=0', '--gate=lines acc',
+            '--gate_options=--lm_eval_tasks=tasks --lm_eval_draws=2']
+    again = [*args, '--out_dir=gate', '--init_from=resume']
     said = good(run(trained, 'train.py', *args, '--gate_score=0', '--out_dir=gate'))
     assert 'step 1: lines acc ' in said and 'gate 0.0' in said
     [score] = log(trained / 'gate', 'score')
     assert 0 <= score <= 1 and has_state(trained / 'gate')
     assert (trained / 'gate' / 'README.md').exists()
-    done = run(trained, 'train.py', *args, '--gate_score=2', '--max_iters=2', '--gate=lines nothing',
-               '--out_dir=gate')
-    assert '--gate=lines nothing is not among the scores' in good(done)
+    good(run(trained, 'train.py', *again, '--gate_score=0'))
+    assert log(trained / 'gate', 'step')[-1] == 1
+    two = ['--gradient_accumulation_steps=2', '--gate_score=0', '--out_dir=gate-two']
+    good(run_ranks(trained, 'train.py', *args, *two))
+    assert log(trained / 'gate-two', 'step')[-1] == 1
+    for gate, options in [('lines nothing', '--lm_eval_tasks=tasks'), ('lines acc', '--help')]:
+        said = good(run(trained, 'train.py', *again, '--gate_score=0', '--max_iters=2',
+                        '--eval_interval=2', f'--gate={gate}', f'--gate_options={options}'))
+        assert f'no score for --gate={gate}' in said
     assert log(trained / 'gate', 'step')[-1] == 2
+    one_line(run_here(trained, 'train.py', *args, '--gate=lines'), 'a task and its metric')
 
 
 def asked(*args):
