@@ -1,6 +1,9 @@
-"""docs/tour.ipynb runs from its first cell to its last on a model as small as can be."""
+"""docs/tour.ipynb runs from its first cell to its last on a model as small as can be, and the other
+pages name functions that exist."""
+import importlib
 import json
 import os
+import re
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -36,3 +39,13 @@ def test_each_cell_prints_or_draws(work, tmp_path, monkeypatch, capsys):
         assert drawn or capsys.readouterr().out
         pictures += len(drawn)
     assert pictures == 4
+
+
+def test_the_pages_name_functions_that_exist():
+    pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+    named = re.findall(r'`(\w+)\.(\w+)`', ''.join(page.read_text() for page in pages))
+    ours = [(module, name) for module, name in named
+            if name != 'py' and (ROOT / f'{module}.py').exists()]
+    assert len(ours) > 8
+    for module, name in ours:
+        assert hasattr(importlib.import_module(module), name), f'{module}.{name}'
