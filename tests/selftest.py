@@ -25,10 +25,11 @@ N_SAMPLES = 256
 STEPS = 3
 # the settings of train.py that a check changes; the first step is in the curriculum, the last not
 SETTINGS = dict(curriculum_frac=0.5, tau=1e-3, gamma_min=-3.5, gamma_max=-2.25, curriculum_k=5,
-                dcd_rounds=1, dcd_delta=1 / 8, optimizer='adamw', learning_rate=1e-2, beta1=0.9,
+                dcd_rounds=1, dcd_delta=1 / 8, learning_rate=1e-2, muon_lr=1e-2, beta1=0.9,
                 beta2=0.99, weight_decay=0.0, grad_clip=1.0, max_iters=2 * STEPS)
-OBJECTIVES = {'duo, curriculum': ('duo', 0), 'duo, discrete': ('duo', STEPS),
-              'distillation': ('dcd', 0), 'mdlm': ('mdlm', 0), 'ar': ('ar', 0)}
+OBJECTIVES = {'duo, curriculum': ('duo', 0, 'adamw'), 'duo, curriculum, Muon': ('duo', 0, 'muon'),
+              'duo, discrete': ('duo', STEPS, 'adamw'), 'distillation': ('dcd', 0, 'adamw'),
+              'mdlm': ('mdlm', 0, 'adamw'), 'ar': ('ar', 0, 'adamw')}
 TOLERANCE = dict(float32=1e-3, float16=0.01, bfloat16=0.03)          # relative, of a loss
 NOISE = ('soft_tokens', 'corrupt', 'consistency_pair')
 
@@ -58,7 +59,7 @@ def make_model(kind, device):
 
 def train_steps(name, device, dtype, compiled=False):
     """-> the losses of some steps and, last, the validation of the EMA after them; float64."""
-    objective, first = OBJECTIVES[name]
+    objective, first, train.optimizer = OBJECTIVES[name]
     kind = 'duo' if objective == 'dcd' else objective
     train.objective = objective
     dtype_name, autocast = pick_dtype(dtype, device)
@@ -150,9 +151,10 @@ def compare_noise(device):
 
 
 SAMPLERS = {
-    'ancestral': ('duo', dict()),
+    'ancestral': ('duo', dict(sampler='ancestral')),
+    'informed': ('duo', dict(sampler='informed')),
     'psi, nucleus': ('duo', dict(sampler='psi', top_p=0.9)),
-    'greedy tail': ('duo', dict(greedy=True, temperature=0.8)),
+    'greedy tail': ('duo', dict(sampler='ancestral', greedy=True, temperature=0.8)),
     'mdlm': ('mdlm', dict()),
     'ar': ('ar', dict()),
 }

@@ -99,8 +99,8 @@ def small(monkeypatch):
 def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path, small):
     said = good(run_here(tmp_path, 'bench.py', '--selftest', '--device=cpu', '--dtype=bfloat16'))
     *lines, verdict = said.strip().splitlines()
-    assert len(lines) == 11 and all(' ok: ' in line for line in lines)
-    assert all(part in verdict for part in ('all 11 checks passed', 'cpu (', 'bfloat16', *VERDICT))
+    assert len(lines) == 13 and all(' ok: ' in line for line in lines)
+    assert all(part in verdict for part in ('all 13 checks passed', 'cpu (', 'bfloat16', *VERDICT))
     assert not list(tmp_path.iterdir())
 
 
@@ -114,10 +114,10 @@ def test_the_selftest_fails_where_the_device_differs(monkeypatch, capsys, small,
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **more: change(function(*args, **more)))
 
-    for name in [*selftest.SETTINGS, 'objective']:
+    for name in [*selftest.SETTINGS, 'objective', 'optimizer']:
         monkeypatch.setattr(train, name, getattr(train, name))           # restored afterwards
-    monkeypatch.setattr(selftest, 'OBJECTIVES', {'duo, curriculum': ('duo', 0)})
-    monkeypatch.setattr(selftest, 'SAMPLERS', {'ancestral': ('duo', {})})
+    monkeypatch.setattr(selftest, 'OBJECTIVES', {'duo, curriculum': ('duo', 0, 'adamw')})
+    monkeypatch.setattr(selftest, 'SAMPLERS', {'ancestral': ('duo', dict(sampler='ancestral'))})
     failing = {'loss': 'duo, curriculum, eager', 'error': 'duo, curriculum, eager',
                'samples': 'samples, ancestral', 'noise': 'noise'}[broken]
     if broken == 'loss':
@@ -143,6 +143,7 @@ def test_the_selftest_compiles(monkeypatch):
     for name, value in selftest.SETTINGS.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train, 'objective', 'ar')
+    monkeypatch.setattr(train, 'optimizer', 'adamw')
     compiled = []
     wrapped = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or wrapped(f))
