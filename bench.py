@@ -46,8 +46,8 @@ CHECKS = train.CHECKS + [
     ('price_per_hour', lambda v: v >= 0, 'at least 0'),
     ('vocab_size', lambda v: v == 0 or v >= 2, '0 or at least 2'),
 ]
-VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, owt=50257, owt_t4=50257, fineweb_edu=50257,
-                   lm1b=30522, lm1b_packed=30522)
+VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, novels=4096, owt=50257, owt_t4=50257,
+                   fineweb_edu=50257, lm1b=30522, lm1b_packed=30522)
 
 # --------------------------------------------------------------------------------------------------
 # measuring

@@ -12,7 +12,7 @@ from model import DiT, DiTConfig
 
 RECIPES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 VOCABULARY = {'owt': 50257, 'owt_t4': 50257, 'lm1b': 30522, 'lm1b_packed': 30522, 'stdlib': 4096,
-              'stdlib_bytes': 256, 'fineweb_edu': 50257}
+              'stdlib_bytes': 256, 'fineweb_edu': 50257, 'novels': 4096}
 
 
 def published(arrays, causal=False):
