@@ -29,7 +29,8 @@ def say(line):
 
 
 def run_script(script, *arguments, **options):
-    """Start another script of this folder, as a user would; options: of subprocess.run."""
+    """Start another script of this folder, as a user would, as no part of torchrun's group;
+    options: of subprocess.run."""
     alone = {name: value for name, value in os.environ.items() if name != 'RANK'}
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
     return subprocess.run(command, env=alone, **options)

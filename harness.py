@@ -12,7 +12,7 @@ from lm_eval.utils import make_table
 
 from configurator import UserError
 from diffusion import head_losses
-from sample import equally_long, generate, score_rows
+from sample import edge_tokens, equally_long, generate, score_rows
 
 
 class NanoDuo(LM):
@@ -37,14 +37,12 @@ class NanoDuo(LM):
 
     def loglikelihood(self, requests):
         """Blanks between context and answer belong to the answer, as in lm_eval's own models."""
-        data = self.loaded.info['data']
         parts = []
         for request in requests:
             context, answer = request.args
             text = context.rstrip()
             answer = self.tokenizer.encode(context[len(text):] + answer)
-            context = self.context(text, len(answer))
-            parts.append(([data['bos_id'], *context], answer, [data['eos_id']]))
+            parts.append((self.context(text, len(answer)), answer, []))
         nats, _ = score_rows(self.loaded, parts, self.draws)
         return list(zip((-nats).tolist(), self.are_greedy(parts)))
 
@@ -57,24 +55,23 @@ class NanoDuo(LM):
             return greedy
         linear = model.output_layer.linear
         likeliest = lambda logits: logits.argmax(-1)
-        rows = [context + answer for context, answer, _ in parts]
+        rows = [edge_tokens(self.loaded, context + answer) for context, answer, _ in parts]
         for indices in equally_long(rows):
             x = torch.tensor([rows[i] for i in indices], device=linear.weight.device)
             best = head_losses(model.hidden(x), linear.weight, linear.bias, likeliest, [])   # (n,T)
             for i, tokens in zip(indices, best.tolist()):
                 context, answer, _ = parts[i]
-                greedy[i] = tokens[len(context) - 1:-1] == answer
+                begin = len(context)                     # where the answer's first is predicted
+                greedy[i] = tokens[begin:begin + len(answer)] == answer
         return greedy
 
     def loglikelihood_rolling(self, requests):
         """In windows that know nothing of each other."""
-        data = self.loaded.info['data']
         n = self.block_size - 2
         result = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0])
-            windows = [([data['bos_id']], ids[i:i + n], [data['eos_id']])
-                       for i in range(0, max(1, len(ids)), n)]
+            windows = [([], ids[i:i + n], []) for i in range(0, max(1, len(ids)), n)]
             nats, _ = score_rows(self.loaded, windows, self.draws)
             result.append(-nats.sum().item())
         return result

@@ -382,9 +382,8 @@ def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     """Nats of each of the texts between given and suffix, and their standard errors: two (N,)
     float64. Exact for AR (suffix is not used), else an upper bound: the mean of some draws of the
     NELBO, with noise on the text alone, from the same seeds for all texts."""
-    encode, data = loaded.tokenizer.encode, loaded.info['data']
-    before = [data['bos_id'], *encode(given)]
-    after = [*encode(suffix), data['eos_id']]
+    encode = loaded.tokenizer.encode
+    before, after = encode(given), encode(suffix)
     return score_rows(loaded, [(before, encode(text), after) for text in texts], draws, seed)
 
 
@@ -401,19 +400,20 @@ def equally_long(rows, max_tokens=SCORED_TOKENS):
 
 @torch.no_grad()
 def score_rows(loaded, parts, draws=32, seed=1337):
-    """The same for lists of ids: parts holds (before, text, after) for each row."""
+    """The same for lists of ids: parts holds (before, text, after) for each row, without edges."""
     model, _, info = loaded
     objective = info['objective']
     if objective == 'ar':
         draws = 1
-    rows = [before + text + after for before, text, after in parts]
+    rows = [edge_tokens(loaded, before + text + after) for before, text, after in parts]
     sums = torch.zeros(len(rows), draws, dtype=torch.float64)
     for indices in equally_long(rows, SCORED_TOKENS // draws):
         n = len(indices)
         x0, fixed = fill_holes(loaded, [rows[i] for i in indices], draws)  # (n draws,T), by row
         for i, is_fixed in zip(indices, fixed.split(draws)):               # a view, (draws,T)
             before, text, _ = parts[i]
-            is_fixed[:, len(before):len(before) + len(text)] = False
+            begin = 1 + len(before)                                        # behind bos
+            is_fixed[:, begin:begin + len(text)] = False
         t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
         nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
                          n * [*range(seed, seed + draws)], fixed)

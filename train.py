@@ -295,7 +295,7 @@ def main():
 
     # ---- what it goes on from: a checkpoint, another run's model, or nothing
     kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
-    state = trained = None
+    state = trained = val_loss = None
     if start == 'resume':
         state = load_state(out_dir)
         sizes = state['model']
@@ -325,7 +325,6 @@ def main():
     if teacher:
         parts['teacher'] = teacher
     step, began = 0, time.monotonic()
-    val_loss = None
     counts = torch.zeros(4, dtype=torch.float64, device=here)
     total, good, skipped, in_a_row = counts              # views: of losses, steps, skipped steps
 
@@ -395,6 +394,12 @@ def main():
         log(f'step {step}: val loss {line}', **figures)
         return figures
 
+    def passes_gate():
+        signals.doing = 'the scoring'
+        score = largest_of_ranks(score_gate() if master else -math.inf)
+        log(f'step {step}: {gate} {score:.4f}, gate {gate_score}', score=score)
+        return score >= gate_score
+
     def write_checkpoint():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
                     val_loss=val_loss)
@@ -458,10 +463,7 @@ def main():
                 append_sample(step)
             saved = time.monotonic()
         if gate and (at_eval or done) and not stopped:
-            signals.doing = 'the scoring'
-            score = largest_of_ranks(score_gate() if master else -math.inf)
-            log(f'step {step}: {gate} {score:.4f}, gate {gate_score}', score=score)
-            done |= score >= gate_score
+            done |= passes_gate()
         ticked += time.monotonic() - paused              # not counted in tokens/s
         if done or eval_only or stopped:
             break
@@ -507,8 +509,7 @@ def main():
             log(line, loss=mean, lr=learning_rate * lr_share(step - 1), skipped=int(skipped),
                 tokens_per_s=speed, grad_norm=norm.item())
             ticked, logged_step = time.monotonic(), step
-            total.zero_()
-            good.zero_()
+            counts[:2].zero_()                        # total and good
 
     # ---- the picture, the card, some texts; a signal ends these
     signals.doing = ''

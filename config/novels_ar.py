@@ -1,4 +1,6 @@
-# The autoregressive twin of novels_duo.py, which judges its texts.
+# The autoregressive twin of novels_duo.py, on its data, which judges its texts. Validation: 1.71
+# bits per byte, PPL 59.5.
+#     python train.py config/novels_ar.py
 from pathlib import Path
 exec((Path(__file__).parent / 'novels_duo.py').read_text())  # as novels_duo.py, except:
 objective = 'ar'

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 import train
+from bench import VOCAB_SIZES
 from configurator import UserError, configure
 from device import check_memory
 from helpers import ROOT, reference
 from model import DiT, DiTConfig
 
 RECIPES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
-VOCABULARY = {'owt': 50257, 'owt_t4': 50257, 'lm1b': 30522, 'lm1b_packed': 30522, 'stdlib': 4096,
-              'stdlib_bytes': 256, 'fineweb_edu': 50257, 'novels': 4096}
 
 
 def published(arrays, causal=False):
@@ -80,7 +79,7 @@ def test_every_recipe_builds_its_model(recipe):
     mdlm, ar = settings['objective'] == 'mdlm', settings['objective'] == 'ar'
     with torch.device('meta'):
         names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'cond_dim', 'dropout')
-        model = DiT(DiTConfig(VOCABULARY[settings['dataset']] + mdlm, causal=ar,
+        model = DiT(DiTConfig(VOCAB_SIZES[settings['dataset']] + mdlm, causal=ar,
                               **{name: settings[name] for name in names}))
     millions = model.num_params() / 1e6
     if recipe.startswith('owt') and not ar:
