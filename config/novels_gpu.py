@@ -1,0 +1,24 @@
+# A Duo on 100 English novels, for a GPU: 16M parameters, 82M tokens (four epochs).
+#     git clone https://github.com/computationalstylistics/100_english_novels
+#     python prepare.py 100_english_novels/corpus --name novels
+#     python train.py config/novels_gpu.py
+# Its twins: --objective=ar or mdlm, and an --out_dir for each.
+out_dir = 'out-novels'
+dataset = 'novels'                   # 21M tokens of a BPE learnt from them, 4,096 in the vocabulary
+
+batch_size = 128
+block_size = 256
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+
+learning_rate = 1.5e-3
+muon_lr = 2e-3
+max_iters = 2500
+warmup_iters = 100
+ema_decay = 0.998
+
+eval_interval = 250
+eval_iters = 8
+compile = True
