@@ -349,9 +349,8 @@ def main():
 
     loss_fn = loss_of(objective, vocab_size)
     if compile:                          # the trunk in one graph; the loss, in head_loss, in one
-        for m in [model, ema, teacher]:
-            if m:
-                m.hidden = torch.compile(m.hidden)
+        for m in filter(None, [model, teacher]):
+            m.hidden = torch.compile(m.hidden)
     # DDP splits the trunk's one graph into as many as it has buckets of gradients, so that some are
     # exchanged while others are still computed
     train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -409,7 +408,7 @@ def main():
                      seconds=time.monotonic() - began)
         save(out_dir, state, ema, info, folder, keep_last)
 
-    def accumulate_gradients():
+    def accumulate_gradients(step):
         """Backward through this process's share of the step's micro-batches; returns the mean loss
         of all. A micro-batch is the unit of randomness: its rows, times, noise and dropout come
         from (seed, step, m), so a run is the same on any number of processes."""
@@ -436,6 +435,18 @@ def main():
         if world > 1:
             dist.all_reduce(mean)
         return mean
+
+    # ---- compile now: one of these graphs would be needed after days only, and might fail there
+    if compile and not eval_only:
+        say('compiling: a minute or two')
+        try:
+            for at in (0, max_iters - 1):                # in the curriculum, and after it
+                accumulate_gradients(at)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Triton may not know an old GPU. (suppress_errors would say nothing, and go on trying.)
+            say(f'torch.compile fails here, going on without it: {error!s:.200}')
+            torch.compiler.set_stance('force_eager')
+        model.zero_grad()
 
     # ---- the loop
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
@@ -477,14 +488,7 @@ def main():
 
         # 3. GRADIENTS, STEP, EMA
         signals.doing = 'the step'
-        try:
-            loss = accumulate_gradients()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            # Triton may not know an old GPU. (suppress_errors would say nothing, and go on trying.)
-            say(f'torch.compile fails here, going on without it: {error!s:.200}')
-            torch.compiler.set_stance('force_eager')
-            model.zero_grad()
-            loss = accumulate_gradients()
+        loss = accumulate_gradients(step)
         norm, finite = clip_and_step(optimizers, scaler, model.parameters(), grad_clip)
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)

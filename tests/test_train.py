@@ -184,6 +184,23 @@ torch.compile = partial(torch.compile, backend=broken)
     assert log(work / 'eager') == log(work / 'never-compiled')
 
 
+def test_all_is_compiled_before_the_first_step(work, tmp_path):
+    """The graph of the discrete noise, too, which is not needed before the curriculum ends."""
+    script = project_with(tmp_path, '''
+def counted(graph, inputs):
+    print('a graph', flush=True)
+    return graph.forward
+
+
+torch.compile = partial(torch.compile, backend=counted)
+''')
+    args = [*QUICK, '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--out_dir=early']
+    said = good(run(work, script, *args, '--curriculum_frac=0.5', '--compile'))
+    before, after = said.split('step 1: ')
+    assert before.count('a graph') >= 3                  # the trunk twice, and the loss
+    assert 'a graph' not in after and 'the curriculum ends' in after
+
+
 def test_a_clock_that_stands_still(work, tmp_path):
     script = project_with(tmp_path, '''
 class time:
