@@ -246,8 +246,7 @@ def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
     bpd = loss / math.log(2)
     ppl = math.exp(min(loss, 99))
     bpb = bpd * (length + edges).sum().item() / max(text_bytes, 1)
-    text = (f'{loss:.4f} +- {error:.4f} nats, {bpd:.4f} bits per token, PPL {ppl:.2f}, {bpb:.4f} '
-            'bits per byte')
+    text = f'{loss:.4f} +- {error:.4f} nats, PPL {ppl:.2f}, {bpb:.4f} bits per byte'
     return text, dict(loss=loss, error=error, bpd=bpd, ppl=ppl, bpb=bpb)
 
 

@@ -359,8 +359,8 @@ def main():
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
     say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
-        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}, {n_train:,} rows of {block_size} '
-        f'({meta["tokenizer"]}, vocabulary {vocab_size})')
+        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}')
+    say(f'data: {n_train:,} rows of {block_size}, {meta["tokenizer"]} of {vocab_size:,}')
     if in_curriculum(step):
         say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
     if master and not eval_only:
