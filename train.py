@@ -189,9 +189,8 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
-    head = partial(head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale,
-                   compile=compile)
-    return model(x, sigma, weights, head=head)
+    return model(x, sigma, weights, head=partial(
+        head_loss, loss_fn=loss_fn, args=args, mask=mask, grad_scale=grad_scale, compile=compile))
 
 # --------------------------------------------------------------------------------------------------
 # the model and its optimisers
@@ -258,8 +257,7 @@ def append_sample(step):
 def score_gate():
     """The score that the gate asks for, of the newest checkpoint; -inf where there is none."""
     torch.cuda.empty_cache()                             # eval.py shares the GPU
-    task = gate.partition(' ')[0]
-    scored = run_on_model('eval.py', f'--lm_eval={task}', *shlex.split(gate_options),
+    scored = run_on_model('eval.py', f'--lm_eval={gate.split()[0]}', *shlex.split(gate_options),
                           stdout=subprocess.PIPE, text=True)
     try:
         return float(json.loads(scored.stdout.splitlines()[-1])[gate])
@@ -296,16 +294,15 @@ def main():
     # ---- what it goes on from: a checkpoint, another run's model, or nothing
     kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
     state = trained = val_loss = None
+    settings['init_from'] = start
     if start == 'resume':
         state = load_state(out_dir)
         sizes = state['model']
         settings['init_from'] = state['settings']['init_from']  # where the run began
-    else:
-        settings['init_from'] = start
-        if start != 'scratch':
-            trained, info = load_model(start)
-            check_start(start, info, kind, meta)
-            sizes = info['model']
+    elif start != 'scratch':
+        trained, info = load_model(start)
+        check_start(start, info, kind, meta)
+        sizes = info['model']
     if settings['init_from'] != 'scratch':               # that network's sizes, whatever was set
         settings.update({name: sizes[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
         globals().update(settings)
@@ -348,9 +345,6 @@ def main():
     check_same_step(step)
 
     loss_fn = loss_of(objective, vocab_size)
-    if compile:                          # the trunk in one graph; the loss, in head_loss, in one
-        for m in filter(None, [model, teacher]):
-            m.hidden = torch.compile(m.hidden)
     # DDP splits the trunk's one graph into as many as it has buckets of gradients, so that some are
     # exchanged while others are still computed
     train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -359,8 +353,8 @@ def main():
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
     say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
-        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}')
-    say(f'data: {n_train:,} rows of {block_size}, {meta["tokenizer"]} of {vocab_size:,}')
+        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}\n'
+        f'data: {n_train:,} rows of {block_size}, {meta["tokenizer"]} of {vocab_size:,}')
     if in_curriculum(step):
         say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
     if master and not eval_only:
@@ -436,12 +430,14 @@ def main():
             dist.all_reduce(mean)
         return mean
 
-    # ---- compile now: one of these graphs would be needed after days only, and might fail there
+    # ---- compile: the trunk in one graph; the loss, in head_loss, in one
     if compile and not eval_only:
         say('compiling: a minute or two')
+        for m in filter(None, [model, teacher]):
+            m.hidden = torch.compile(m.hidden)
         try:
-            for at in (0, max_iters - 1):                # in the curriculum, and after it
-                accumulate_gradients(at)
+            accumulate_gradients(0)                      # in the curriculum, and after it: what
+            accumulate_gradients(max_iters - 1)          # fails must not fail after days
         except torch._dynamo.exc.TorchDynamoException as error:
             # Triton may not know an old GPU. (suppress_errors would say nothing, and go on trying.)
             say(f'torch.compile fails here, going on without it: {error!s:.200}')
