@@ -126,8 +126,7 @@ def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_mem
           f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
           f'{micro_batches:.0f} micro-batches a step on each, each as long as a whole step of one; '
           'not counted: validation, checkpoints, the exchange of gradients between GPUs')
-    if train.compile:
-        loss_fn = torch.compile(loss_fn)
+    if train.compile:                                    # head_loss compiles the loss itself
         for m in filter(None, (model, teacher)):
             m.hidden = torch.compile(m.hidden)
 

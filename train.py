@@ -349,7 +349,7 @@ def main():
     # exchanged while others are still computed
     train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    # ---- logs
+    # ---- what it says
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
     say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
@@ -357,13 +357,6 @@ def main():
         f'data: {n_train:,} rows of {block_size}, {meta["tokenizer"]} of {vocab_size:,}')
     if in_curriculum(step):
         say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
-    if master and not eval_only:
-        lock = lock or lock_folder(out_dir)              # a new one only now: a mistake leaves none
-        if start != 'resume':
-            lock = set_aside_older_run(out_dir, lock)
-        log_file = open_log(out_dir, step)
-        if wandb_log:
-            wandb_run = start_wandb(out_dir, settings, step)
 
     def log(line, **record):
         record.update(step=step, seconds=time.monotonic() - began)
@@ -431,18 +424,25 @@ def main():
         return mean
 
     # ---- compile: the trunk in one graph; the loss, in head_loss, in one
-    if compile and not eval_only:
-        say('compiling: a minute or two')
+    if compile and not eval_only and step < max_iters:
+        say('compiling: some minutes')
         for m in filter(None, [model, teacher]):
             m.hidden = torch.compile(m.hidden)
-        try:
-            accumulate_gradients(0)                      # in the curriculum, and after it: what
-            accumulate_gradients(max_iters - 1)          # fails must not fail after days
-        except torch._dynamo.exc.TorchDynamoException as error:
-            # Triton may not know an old GPU. (suppress_errors would say nothing, and go on trying.)
-            say(f'torch.compile fails here, going on without it: {error!s:.200}')
-            torch.compiler.set_stance('force_eager')
+        try:                                             # now: it must not fail after days
+            accumulate_gradients(step)
+            accumulate_gradients(max_iters - 1)          # after the curriculum
+        except torch._dynamo.exc.TorchDynamoException as error:      # Triton, on an old GPU
+            raise UserError(f'torch.compile fails: add --compile=False ({error!s:.200})')
         model.zero_grad()
+
+    # ---- its folder and logs: only now, so that a mistake leaves none
+    if master and not eval_only:
+        lock = lock or lock_folder(out_dir)
+        if start != 'resume':
+            lock = set_aside_older_run(out_dir, lock)
+        log_file = open_log(out_dir, step)
+        if wandb_log:
+            wandb_run = start_wandb(out_dir, settings, step)
 
     # ---- the loop
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
