@@ -1,11 +1,11 @@
 # A Duo on 100 English novels, for a GPU: 16M parameters, 82M tokens (four epochs). Five minutes of
-# an H200, beside eight other runs, were enough for 2,000 of the 2,500 steps: at most 1.735 bits per
+# an H200 that other runs shared were enough for 2,000 of the 2,500 steps: at most 1.735 bits per
 # byte, PPL 62.1 (docs/results.md).
 #     git clone https://github.com/computationalstylistics/100_english_novels
 #     python prepare.py 100_english_novels/corpus --name novels
 #     python train.py config/novels_gpu.py
 # Its twins: --objective=ar or mdlm, and an --out_dir for each.
-out_dir = 'out-novels'
+out_dir = 'out-novels-gpu'
 dataset = 'novels'                   # 21M tokens of a BPE learnt from them, 4,096 in the vocabulary
 
 batch_size = 128
