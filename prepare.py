@@ -491,8 +491,8 @@ def main():
         sets = [[name] for name in ZEROSHOT if not Path(settings['data_dir'], name).exists()]
     for sources in sets:
         meta = prepare(sources, **settings)
-        print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train on, '
-              f'{meta["val_tokens"]:,} to validate')
+        print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '
+              f'on, {meta["val_tokens"]:,} to validate')
 
 
 if __name__ == '__main__':
