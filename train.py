@@ -257,8 +257,8 @@ def append_sample(step):
 def score_gate():
     """The score that the gate asks for, of the newest checkpoint; -inf where there is none."""
     torch.cuda.empty_cache()                             # eval.py shares the GPU
-    scored = run_on_model('eval.py', f'--lm_eval={gate.split()[0]}', *shlex.split(gate_options),
-                          stdout=subprocess.PIPE, text=True)
+    scored = run_on_model('eval.py', f'--lm_eval={gate.partition(" ")[0]}',
+                          *shlex.split(gate_options), stdout=subprocess.PIPE, text=True)
     try:
         return float(json.loads(scored.stdout.splitlines()[-1])[gate])
     except (LookupError, TypeError, ValueError):         # it failed, or has other scores
@@ -349,7 +349,7 @@ def main():
     # exchanged while others are still computed
     train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    # ---- what it says
+    # ---- the run in words, and what the loop calls
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
     say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
@@ -435,7 +435,7 @@ def main():
             raise UserError(f'torch.compile fails: add --compile=False ({error!s:.200})')
         model.zero_grad()
 
-    # ---- its folder and logs: only now, so that a mistake leaves none
+    # ---- the run's folder and logs: only now, so that a mistake leaves none
     if master and not eval_only:
         lock = lock or lock_folder(out_dir)
         if start != 'resume':

@@ -144,6 +144,7 @@ def test_the_selftest_compiles(monkeypatch):
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train, 'objective', 'ar')
     monkeypatch.setattr(train, 'optimizer', 'adamw')
+    monkeypatch.setattr(train, 'compile', False)         # the selftest sets it
     compiled = []
     wrapped = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or wrapped(f))
