@@ -14,6 +14,7 @@ generator: seed it to repeat a draw.
 from functools import partial
 from math import log, pi, sqrt
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.special import log_ndtr, ndtri
@@ -465,19 +466,28 @@ def gibbs_step(logits, xt, alpha):
     return categorical(q), torch.log(q.amax(-1) / q_t)
 
 
-def masked_reverse_step(logits, xt, alpha_s, alpha_t, mask_id):
-    """xs (...) of MDLM's ancestral sampler: a mask becomes a token of softmax(logits (...,K)),
-    those of the tokens alone, with probability (alpha_s - alpha_t) / (1 - alpha_t); a token stays.
+def masked_reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0, *, mask_id):
+    """xs (...) of masked diffusion (MDLM), ~ kappa q(xs|xt, x0) + (1 - kappa) q(xs|x0). x0 is xt
+    where that shows a token, else a draw from softmax(logits (...,K)), those of the tokens alone.
+
+    kappa = 1 is ancestral sampling: a token that shows stays. With less, it is masked again with
+    probability (1 - kappa) (1 - alpha_s), the sigma of ReMDM (arXiv 2503.00307).
     """
-    u = torch.rand_like(xt, dtype=torch.float64)
-    moves = (xt == mask_id) & (u * (1 - alpha_t) < alpha_s - alpha_t)
-    return torch.where(moves, categorical(logits.softmax(-1)), xt)
+    is_mask = xt == mask_id
+    x0 = torch.where(is_mask, categorical(logits.softmax(-1)), xt)
+    masked_again = (1 - kappa) * (1 - alpha_s)
+    stays_mask = 1 - (alpha_s - (1 - masked_again) * alpha_t) / (1 - alpha_t)
+    p_mask = torch.where(is_mask, stays_mask, masked_again)
+    return torch.where(torch.rand_like(xt, dtype=torch.float64) < p_mask, mask_id, x0)
 
 
 def top_p_filter(logits, top_p):
-    """Keep the smallest set of tokens whose probability reaches top_p (the nucleus); the others
-    get -inf."""
-    ordered, order = logits.sort(descending=True)
-    p = ordered.softmax(-1)
-    outside = p.cumsum(-1) - p >= top_p
-    return logits.scatter(-1, order, ordered.masked_fill(outside, -torch.inf))
+    """Keep the smallest set of tokens whose probability reaches top_p (the nucleus), and those that
+    are as likely as its last one; the others get -inf."""
+    if logits.is_cuda:
+        ordered = logits.sort().values
+    else:                                                # on a CPU numpy is 20 times as fast
+        ordered = torch.from_numpy(np.sort(logits.numpy()))
+    outside = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+    last = outside.sum(-1, keepdim=True).clamp(max=logits.size(-1) - 1)
+    return logits.masked_fill(logits < ordered.gather(-1, last), -torch.inf)

@@ -53,8 +53,8 @@ TASKS = dict(
 seed = 1337
 # --- how: the samplers' options, also eval.py's settings and generate()'s keywords
 SAMPLER_OPTIONS = dict(
-    sampler='auto',          # 'ancestral', the paper's; for a Duo also 'psi' and 'informed', which
-                             # correct earlier tokens; 'auto': informed for a Duo
+    sampler='auto',          # 'ancestral', the paper's; 'psi' and, for a Duo, 'informed', which
+                             # correct earlier tokens; 'auto': informed for a Duo, else ancestral
     steps=128,               # network calls; the last noise takes one more (AR: one a token)
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
     top_p=1.0,               # draw from the likeliest tokens that hold this probability
@@ -94,12 +94,12 @@ def load(where='out', device='auto'):
 # the samplers: each yields xt (B,T) after every network call. step(xt, alpha, draw) is such a call
 # at noise level alpha, after which draw(logits (n,K), xt (n,)) -> (n,) picks the tokens
 
-def denoise_along(step, xt, alphas, kappas, greedy):
+def denoise_along(step, xt, alphas, kappas, greedy, reverse=reverse_step):
     """Reverse steps from alphas[i] to alphas[i + 1] with kappas[i] (see reverse_step), then noise
     removal: a step to alpha 1, or with greedy the likeliest tokens."""
     alphas, kappas = alphas.tolist() + [1.0], kappas.tolist() + [1.0]
     for alpha_t, alpha_s, kappa in zip(alphas, alphas[1:], kappas):
-        draw = partial(reverse_step, alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
+        draw = partial(reverse, alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
         if greedy and alpha_s == 1:
             draw = likeliest
         xt = step(xt, alpha_t, draw)
@@ -116,10 +116,10 @@ def ramp(first, last, count):
     return torch.linspace(first, last, count, dtype=torch.float64)
 
 
-def ancestral(step, xt, steps, greedy, **_):
+def ancestral(step, xt, reverse, steps, greedy, **_):
     """The paper's: each step draws from the reverse process (eq. 5) as the network has it."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
-    return denoise_along(step, xt, alphas, torch.ones(steps), greedy)
+    return denoise_along(step, xt, alphas, torch.ones(steps), greedy, reverse)
 
 
 def psi_kappas(alphas, psi, eta):
@@ -140,19 +140,11 @@ def psi_kappas(alphas, psi, eta):
     return kappas
 
 
-def psi_sampler(step, xt, steps, greedy, psi, eta, **_):
-    """Chapter II's (arXiv 2602.21185): each step noises some tokens again, so mistakes can go."""
+def psi_sampler(step, xt, reverse, steps, greedy, psi, eta, **_):
+    """Chapter II's (arXiv 2602.21185): each step noises, or masks, some tokens again, so mistakes
+    can go."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
-    return denoise_along(step, xt, alphas, psi_kappas(alphas, psi, eta), greedy)
-
-
-def unmask(step, xt, mask_id, steps, **_):
-    """MDLM's ancestral sampler: each step replaces some masks by tokens, which then stay."""
-    alphas = noise_schedule(ramp(1, T_END, steps + 1))[0].tolist() + [1.0]
-    for alpha_t, alpha_s in zip(alphas, alphas[1:]):
-        draw = partial(masked_reverse_step, alpha_s=alpha_s, alpha_t=alpha_t, mask_id=mask_id)
-        xt = step(xt, 1.0, draw)             # that network is told no time: sigma = -log(1) = 0
-        yield xt
+    return denoise_along(step, xt, alphas, psi_kappas(alphas, psi, eta), greedy, reverse)
 
 
 def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_):
@@ -221,12 +213,16 @@ def denoise(loaded, xt, fixed=None, **options):
     model, _, info = loaded
     o = choose_sampler(info, options)
     linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
+    is_masked = info['objective'] == 'mdlm'
+    reverse = partial(masked_reverse_step, mask_id=vocab_size) if is_masked else reverse_step
     if fixed is None:
         fixed = torch.zeros_like(xt, dtype=torch.bool)
 
     def step(x, alpha, draw):
         def pick(logits, x):             # (n,K), (n,) -> (n,)
             return draw(shape_logits(logits[:, :vocab_size], **o), x)
+        if is_masked:
+            alpha = 1.0                  # that network is told no time: sigma = -log(1) = 0
         sigma = -torch.log(torch.full(x.shape[:1], alpha, device=x.device))
         h = model.hidden(x, sigma)                                         # (B,T,C)
         xs = head_losses(h, linear.weight, linear.bias, pick, [x])
@@ -234,10 +230,8 @@ def denoise(loaded, xt, fixed=None, **options):
 
     if info['objective'] == 'ar':
         yield from generate_ar(model, xt, fixed, **o)
-    elif info['objective'] == 'mdlm':
-        yield from unmask(step, xt, vocab_size, **o)
     else:
-        yield from SAMPLERS[o['sampler']](step, xt, fixed=fixed, **o)
+        yield from SAMPLERS[o['sampler']](step, xt, fixed=fixed, reverse=reverse, **o)
 
 
 def choose_sampler(info, options):
@@ -247,13 +241,15 @@ def choose_sampler(info, options):
         raise UserError(f'{name} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
     o = SAMPLER_OPTIONS | options
     check(o, SAMPLER_CHECKS)
-    if info['objective'] != 'duo':
-        if o['sampler'] not in ('auto', 'ancestral'):
-            raise UserError(f'--sampler={o["sampler"]} is for a Duo, not for this '
-                            f'{info["objective"]} model')
-        o['sampler'] = 'ancestral'
-    elif o['sampler'] == 'auto':
-        o['sampler'] = 'informed'
+    objective = info['objective']
+    if o['sampler'] == 'auto':
+        o['sampler'] = 'informed' if objective == 'duo' else 'ancestral'
+    able = dict(duo=[*SAMPLERS], mdlm=['ancestral', 'psi'], ar=['ancestral'])[objective]
+    if o['sampler'] not in able:
+        raise UserError(f'--sampler={o["sampler"]} is not for this {objective} model, which has '
+                        + ', '.join(able))
+    if o['greedy'] and objective != 'duo':
+        raise UserError(f'--greedy is for a Duo, not for this {objective} model')
     return o
 
 

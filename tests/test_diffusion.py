@@ -39,6 +39,8 @@ def fits(counts, probs, p=1e-4):
     counts, probs = np.asarray(counts, float), np.asarray(probs, float)
     assert counts[probs == 0].sum() == 0
     keep = probs > 0
+    if keep.sum() == 1:                                                  # nothing left to chance
+        return True
     expected = counts.sum() * probs[keep] / probs[keep].sum()
     return stats.chisquare(counts[keep], expected).pvalue > p
 
@@ -541,14 +543,21 @@ def test_a_corrector_step_keeps_the_noisy_marginal():
         assert fits(np.bincount(xs, minlength=4), q_s)
 
 
-def test_masked_reverse_step_frequencies():
+@pytest.mark.parametrize('kappa', [1.0, 0.6, 0.0])
+@pytest.mark.parametrize('a_s, a_t', [(0.64, 0.4), (1.0, 0.9), (0.05, 0.001)])
+def test_masked_reverse_step_frequencies(kappa, a_s, a_t):
+    """Of a mask, and of a token that shows: which is x0 then."""
     logits, n = torch.randn(5), 60_000                                   # 5 tokens; id 5: the mask
-    move = (0.64 - 0.4) / (1 - 0.4)
-    p = torch.cat([move * logits.softmax(-1), torch.tensor([1 - move])])
-    xs = masked_reverse_step(logits.expand(n, 5), torch.full((n,), 5), 0.64, 0.4, 5)
-    assert fits(np.bincount(xs, minlength=6), p)
-    shown = torch.full((n,), 2)
-    assert torch.equal(masked_reverse_step(logits.expand(n, 5), shown, 0.64, 0.4, 5), shown)
+    mask = torch.eye(6, dtype=torch.float64)[5]
+    for xt, x0 in ((5, logits.double().softmax(-1)), (2, torch.eye(5, dtype=torch.float64)[2])):
+        clean = torch.cat([x0, torch.zeros(1)])
+        move = (a_s - a_t) / (1 - a_t) if xt == 5 else 1.0
+        posterior = move * clean + (1 - move) * mask
+        fresh = a_s * clean + (1 - a_s) * mask
+        expected = kappa * posterior + (1 - kappa) * fresh
+        xs = masked_reverse_step(logits.expand(n, 5), torch.full((n,), xt), a_s, a_t, kappa,
+                                 mask_id=5)
+        assert fits(np.bincount(xs, minlength=6), expected)
 
 
 def test_categorical_draws_the_tail():
@@ -584,6 +593,23 @@ def test_top_p_keeps_the_smallest_nucleus():
     assert kept(0.7) == [False, True, False, True]
     assert kept(0.8) == [False, True, True, True]
     assert kept(1.0) == [True] * 4
+    assert kept(1e-30) == [False, True, False, False]
+
+
+def test_the_nucleus_of_many_tokens():
+    """By a loop over the tokens from the likeliest on, row by row."""
+    logits = 2 * torch.randn(20, 1000)
+    for top_p in (0.3, 0.9, 0.99):
+        for row, filtered in zip(logits, top_p_filter(logits, top_p)):
+            p = row.double().softmax(-1)
+            mass, nucleus = 0, set()
+            for token in p.argsort(descending=True).tolist():
+                if mass < top_p:
+                    nucleus.add(token)
+                mass += p[token].item()
+            kept = filtered.isfinite()
+            assert set(kept.nonzero().flatten().tolist()) == nucleus
+            assert torch.equal(filtered[kept], row[kept])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -112,9 +112,10 @@ def informed_alphas(steps):
     return torch.linspace(0.8, 0.99, steps + 1, dtype=torch.float64)
 
 
-def test_a_masked_model_is_told_no_noise():
+@pytest.mark.parametrize('sampler', ['ancestral', 'psi'])
+def test_a_masked_model_is_told_no_noise(sampler):
     loaded = loaded_spy(torch.zeros(5), 'mdlm')
-    list(denoise(loaded, sample_prior(loaded.info, (2, 3)), steps=3))
+    list(denoise(loaded, sample_prior(loaded.info, (2, 3)), steps=3, sampler=sampler))
     assert loaded.model.sigmas == [0.0] * 4
 
 
@@ -125,14 +126,16 @@ def transition(p, alpha_s, alpha_t, kappa):
     return kappa * q_s + (1 - kappa) * (alpha_s * q_0 + (1 - alpha_s) / K)
 
 
-def unmasking(p, alpha_s, alpha_t):
+def unmasking(p, alpha_s, alpha_t, kappa):
     """Likewise of the masked process; the mask is the last id."""
     K = len(p)
-    matrix = torch.eye(K + 1, dtype=torch.float64)
+    clean = torch.eye(K + 1, dtype=torch.float64)                        # [xt, x0]
+    clean[K] = torch.cat([p, torch.zeros(1)])
+    mask = torch.eye(K + 1, dtype=torch.float64)[K]
+    stay = clean.clone()
     move = (alpha_s - alpha_t) / (1 - alpha_t)
-    matrix[K, :K] = move * p
-    matrix[K, K] = 1 - move
-    return matrix
+    stay[K] = move * clean[K] + (1 - move) * mask
+    return kappa * stay + (1 - kappa) * (alpha_s * clean + (1 - alpha_s) * mask)
 
 
 @pytest.mark.parametrize('objective, options', [
@@ -145,7 +148,9 @@ def unmasking(p, alpha_s, alpha_t):
     ('duo', dict(sampler='informed', temperature=2.0)),
     ('duo', dict(sampler='informed', temperature=3.0, top_p=0.7)),
     ('mdlm', dict(temperature=0.5)),
-    ('mdlm', dict(temperature=2.0, top_p=0.7))])
+    ('mdlm', dict(temperature=2.0, top_p=0.7)),
+    ('mdlm', dict(sampler='psi', psi='cap', eta=0.3)),
+    ('mdlm', dict(sampler='psi', psi='rescale', eta=0.7, temperature=2.0))])
 def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=60_000, steps=3):
     """How often a token takes each path from noise to text: temperature, nucleus and kappa must
     all reach the draw."""
@@ -166,7 +171,7 @@ def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=6
     alphas, kappas = [*alphas.tolist(), 1.0], [*kappas.tolist(), 1.0]
     pairs = list(zip(alphas[1:], alphas))
     if objective == 'mdlm':
-        matrices = [unmasking(p, *pair) for pair in pairs]
+        matrices = [unmasking(p, *pair, kappa) for pair, kappa in zip(pairs, kappas)]
         logits = torch.cat([logits, torch.tensor([5.0])])                # the mask is never drawn
         start = torch.tensor([0.0, 0.0, 0.0, 1.0])
     else:
@@ -380,10 +385,12 @@ def test_what_a_baseline_cannot_do():
     ar, mdlm = of_model(random_model(20, causal=True), 'ar'), of_model(random_model(6), 'mdlm')
     with pytest.raises(UserError, match='suffix'):
         generate(ar, 'a', suffix='b')
+    for loaded, sampler in ((ar, 'psi'), (ar, 'informed'), (mdlm, 'informed')):
+        with pytest.raises(UserError, match=f'{sampler}.*{loaded.info["objective"]}'):
+            generate(loaded, sampler=sampler)
     for loaded in (ar, mdlm):
-        for sampler in ('psi', 'informed'):
-            with pytest.raises(UserError, match=f'{sampler}.*{loaded.info["objective"]}'):
-                generate(loaded, sampler=sampler)
+        with pytest.raises(UserError, match=f'greedy.*{loaded.info["objective"]}'):
+            generate(loaded, greedy=True)
         assert len(generate(loaded, 'a', 2, steps=2)) == 2
 
 
@@ -393,6 +400,7 @@ def test_what_a_baseline_cannot_do():
     ('duo', dict(sampler='psi', top_p=0.9), 'psi, top_p 0.9'),
     ('duo', dict(greedy=True, redraws=4.0), 'informed, greedy True, redraws 4.0'),
     ('mdlm', dict(), 'ancestral'),
+    ('mdlm', dict(sampler='psi'), 'psi'),
     ('ar', dict(temperature=0.9), 'ancestral, temperature 0.9')])
 def test_a_sampler_in_words(objective, options, words):
     assert describe_sampler(choose_sampler(dict(objective=objective), options)) == words
