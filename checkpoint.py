@@ -1,8 +1,7 @@
 """
 What a run leaves behind, written whole or not at all, and read without executing anything.
 
-out_dir/step-00000600.pt    everything a resume needs; the newest is also
-out_dir/last.pt
+out_dir/step-00000600.pt    everything a resume needs
 out_dir/model.safetensors   the EMA weights, and
 out_dir/config.json         all else that sampling, evaluating or sharing needs, with
 out_dir/tokenizer.json      where the tokenizer has a file
@@ -95,7 +94,7 @@ def step_files(out_dir):
 
 def has_state(out_dir):
     """Is there anything to resume from?"""
-    return any(Path(out_dir).glob('*.pt'))
+    return bool(step_files(out_dir))
 
 
 def checksum(weights, info):
@@ -130,7 +129,6 @@ def save(out_dir, state, ema, info, data_folder, keep_last=2):
                         'last good checkpoint; a lower --learning_rate may help')
     newest = Path(f'{out_dir}/step-{state["step"]:08}.pt')
     write_whole(newest, lambda path: torch.save(state, path))
-    write_whole(f'{out_dir}/last.pt', lambda path: path.symlink_to(newest.name))
     # A run that went back to an older step file leaves newer ones, no longer part of it.
     kept = [path for path in step_files(out_dir) if path <= newest][:keep_last]
     for path in step_files(out_dir):
@@ -162,19 +160,17 @@ def read_torch(path, kinds):
 
 
 def load_state(out_dir):
-    """The dict that save() was given last, from the newest file that is whole. Prints why if that
-    is not last.pt."""
-    for path in [Path(f'{out_dir}/last.pt'), *step_files(out_dir)]:
+    """The dict that save() was given last, from the newest file that is whole; says which."""
+    for path in step_files(out_dir):
         try:
             state = read_torch(path, STATE)
         except UserError as error:
             say(error)
-            continue
-        if path.name != 'last.pt':
+        else:
             say(f'going on from {path}')
-        return state
-    raise UserError(f'no checkpoint in {out_dir} (last.pt, step-*.pt) that can be used: train '
-                    'first, or name another --out_dir')
+            return state
+    raise UserError(f'no checkpoint in {out_dir} (step-*.pt) that can be used: train first, or name '
+                    'another --out_dir')
 
 
 def read_weights(path):

@@ -116,7 +116,7 @@ def ramp(first, last, count):
     return torch.linspace(first, last, count, dtype=torch.float64)
 
 
-def ancestral(step, xt, reverse, steps, greedy, **_):
+def ancestral(step, xt, steps, greedy, reverse=reverse_step, **_):
     """The paper's: each step draws from the reverse process (eq. 5) as the network has it."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
     return denoise_along(step, xt, alphas, torch.ones(steps), greedy, reverse)
@@ -140,7 +140,7 @@ def psi_kappas(alphas, psi, eta):
     return kappas
 
 
-def psi_sampler(step, xt, reverse, steps, greedy, psi, eta, **_):
+def psi_sampler(step, xt, steps, greedy, psi, eta, reverse=reverse_step, **_):
     """Chapter II's (arXiv 2602.21185): each step noises, or masks, some tokens again, so mistakes
     can go."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]

@@ -129,7 +129,7 @@ def log(folder, key='loss'):
 
 
 def checkpoint(folder):
-    return torch.load(folder / 'last.pt', weights_only=True)
+    return torch.load(max(folder.glob('step-*.pt')), weights_only=True)
 
 
 def rewind(out, to, step):
@@ -141,8 +141,6 @@ def rewind(out, to, step):
     for path in to.glob('step-*.pt'):
         if int(path.stem.removeprefix('step-')) > step:
             path.unlink()
-    (to / 'last.pt').unlink()  # it may be a link to the newest checkpoint
-    shutil.copy(to / f'step-{step:08}.pt', to / 'last.pt')
     return to
 
 

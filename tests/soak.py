@@ -110,8 +110,8 @@ def whole_steps(out):
 
 
 def spoil(out, fault, rng):
-    """Damage in place: the newest step file, another name of last.pt, has it too."""
-    last = out / 'last.pt'
+    """Damage in place."""
+    last = max(out.glob('step-*.pt'))
     if fault == 'tear the log':
         with open(out / 'log.jsonl', 'a') as file:
             file.write('{"step": 7, "lo')
@@ -152,7 +152,7 @@ def disturb(out, worlds, rng, end, count):
     floor, last, done = 0, 0, False
     number = KILL  # once at least
     while not done:
-        fault = len(whole_steps(out)) > 1 and (out / 'last.pt').exists() and number
+        fault = len(whole_steps(out)) > 1 and number
         if fault and rng.random() < 0.6:
             spoil(out, rng.choice(FAULTS), rng)
             count['faults'] += 1

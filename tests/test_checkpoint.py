@@ -75,8 +75,6 @@ def test_what_is_saved_is_loaded(tmp_path):
     refused(lambda: load_state(tmp_path), 'no checkpoint', tmp_path)
     state = write_step(tmp_path, 4)
     assert has_state(tmp_path) and equal(load_state(tmp_path), state)
-    (tmp_path / 'last.pt').unlink()
-    assert has_state(tmp_path)
     model, info = load_model(tmp_path)
     assert equal(dict(model.state_dict()), dict(state['ema']))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -93,58 +91,56 @@ def test_old_step_files_go_and_nothing_else(tmp_path):
     for step in (5, 6):                          # 8 was damaged: the run went on from 4
         write_step(tmp_path, step)
     assert {path.name for path in tmp_path.iterdir()} == {
-        'step-00000005.pt', 'step-00000006.pt', 'last.pt', 'model.safetensors', 'config.json', *own}
+        'step-00000005.pt', 'step-00000006.pt', 'model.safetensors', 'config.json', *own}
     assert [path.name for path in step_files(tmp_path)] == ['step-00000006.pt', 'step-00000005.pt']
     assert load_state(tmp_path)['step'] == 6
 
 
-def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+def test_a_disk_without_links(tmp_path, monkeypatch):
     def no_link(source, path):
         raise OSError(errno.EPERM, 'no links here')
 
     monkeypatch.setattr(os, 'link', no_link)
-    state = write_step(tmp_path, 4)
-    assert equal(torch.load(tmp_path / 'last.pt', weights_only=True), state)
+    monkeypatch.setattr(os, 'symlink', no_link)
+    assert equal(write_step(tmp_path, 4), load_state(tmp_path))
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'gone', 'empty', 'text'])
 def test_the_newest_whole_state_is_found(tmp_path, damage, capsys):
-    """last.pt and the newest step file are one file: damage takes both, an older one must serve."""
     write_step(tmp_path, 4)
     tensor = write_step(tmp_path, 8)['weights']['output_layer.linear.weight']
     newest, older = step_files(tmp_path)
-    last = tmp_path / 'last.pt'
-    whole = last.read_bytes()
+    whole = newest.read_bytes()
     at = whole.index(tensor.numpy().tobytes()) + 99  # there only a checksum can tell
     if damage == 'gone':
-        last.unlink()
         newest.unlink()
     else:
         raw = {'cut': whole[:at], 'flip': whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:],
                'empty': b'', 'text': b'not a checkpoint'}[damage]
-        last.write_bytes(raw)
         newest.write_bytes(raw)
     state = load_state(tmp_path)
     said = capsys.readouterr().out
-    assert state['step'] == 4 and str(older) in said and 'last.pt cannot be used' in said
+    assert state['step'] == 4 and f'going on from {older}' in said
+    assert (f'{newest} cannot be used' in said) == (damage != 'gone')
     older.unlink()
     refused(lambda: load_state(tmp_path), tmp_path)
 
 
 def test_a_state_of_wrong_kinds(tmp_path):
     state = write_step(tmp_path, 4)
-    step_files(tmp_path)[0].unlink()
+    (path,) = step_files(tmp_path)
     for key in STATE:
         without = {k: v for k, v in state.items() if k != key}
         for change in (without, state | {key: {1}}, [state], 7):
-            torch.save(change, tmp_path / 'last.pt')
-            refused(lambda: load_state(tmp_path), 'last.pt')
+            torch.save(change, path)
+            refused(lambda: load_state(tmp_path), 'no checkpoint')
 
 
 def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch):
     """A failed write keeps what was there; what is no failure to write keeps its traceback."""
     write_step(tmp_path, 4)
-    before = (tmp_path / 'last.pt').read_bytes()
+    (path,) = step_files(tmp_path)
+    before = path.read_bytes()
 
     def full(state, path):
         raise RuntimeError('unexpected pos 64 vs 0\nfile write failed')  # as torch reports it
@@ -152,7 +148,7 @@ def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(torch, 'save', full)
         refused(lambda: write_step(tmp_path, 5), f'cannot write {tmp_path}/step-', 'is kept')
-    assert (tmp_path / 'last.pt').read_bytes() == before
+    assert path.read_bytes() == before
     assert not list(tmp_path.glob('*.tmp'))
 
     def bug(*args, **kwargs):

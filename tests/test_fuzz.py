@@ -256,15 +256,14 @@ def test_a_tokenizer_of_another_data_set(home, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def test_last_pt(home):
+def test_checkpoints(home):
     """Damage is seen, whatever it is: the state is bit for bit this one, or the one before, or there is a line."""
     out = home / 'out'
     whole, states = files(out), [torch.load(out / f'step-{step:08}.pt') for step in (4, 5)]
 
     @fuzz(0.1)
-    @given(damaged(whole['last.pt']), st.booleans())
+    @given(damaged(whole['step-00000005.pt']), st.booleans())
     def check(raw, alone):
-        write(out / 'last.pt', raw)
         write(out / 'step-00000005.pt', raw)
         if alone:
             (out / 'step-00000004.pt').unlink(missing_ok=True)
@@ -278,21 +277,21 @@ def test_last_pt(home):
 
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
-def test_the_pickle_in_last_pt(home, tmp_path):
+def test_the_pickle_in_a_checkpoint(home, tmp_path):
     """Another pickle in the file, its checksums right."""
-    whole = home / 'out/last.pt'
+    whole = home / 'out/step-00000005.pt'
     with zipfile.ZipFile(whole) as file:
         inside = file.read(next(name for name in file.namelist() if name.endswith('data.pkl')))
 
     @fuzz(0.1)
     @given(damaged(inside))
     def check(raw):
-        write(tmp_path / 'last.pt', repacked(whole, raw))
+        write(tmp_path / whole.name, repacked(whole, raw))
         with one_line_or_fine():
             state = load_state(tmp_path)
             assert all(isinstance(state[key], kind) for key, kind in STATE.items())
 
-    write(tmp_path / 'last.pt', repacked(whole, inside))
+    write(tmp_path / whole.name, repacked(whole, inside))
     assert equal(load_state(tmp_path), load_state(home / 'out'))
     check()
 
@@ -308,11 +307,11 @@ def test_a_bomb_is_refused_not_run(home, tmp_path, monkeypatch, bomb):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path('defused.py').write_text('open("ran", "w")\nThing = dict')
-    whole, folder = home / 'out/last.pt', tmp_path / 'bombs'
+    whole, folder = home / 'out/step-00000005.pt', tmp_path / 'bombs'
     states = [lambda: load_state(folder)]
     models = [lambda: load_model(folder), lambda: convert(folder, tmp_path / 'never'),
               lambda: convert(folder / 'model.ckpt', tmp_path / 'never')]
-    calls = {'last.pt': states, 'step-00000007.pt': states, 'model.ckpt': models,
+    calls = {'step-00000007.pt': states, 'model.ckpt': models,
              'model.safetensors': models}
     for raw in (bomb, b'\x80\x02' + bomb, repacked(whole, bomb), repacked(whole, b'\x80\x02' + bomb)):
         for name, attempts in calls.items():

@@ -170,15 +170,14 @@ def test_checkpoints_by_step_and_the_last_few_stay(work):
 
 @pytest.mark.parametrize('damage', ['flip', 'gone'])
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(work, tmp_path, damage):
-    """last.pt and the newest step file are one file: damage takes both. (Kinds of damage are
-    test_checkpoint.py's.)"""
+    """(Kinds of damage are test_checkpoint.py's.)"""
     out = rewind(work / 'out', tmp_path / 'out', 12)
-    for path in (out / 'last.pt', out / 'step-00000012.pt'):
-        raw = bytearray(path.read_bytes())
-        raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw)
-        if damage == 'gone':
-            path.unlink()
+    path = out / 'step-00000012.pt'
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    if damage == 'gone':
+        path.unlink()
     said = good(run_here(work, 'train.py', *QUICK, f'--out_dir={out}', '--init_from=auto'))
     assert 'step-00000008.pt' in said
     assert same_run(work / 'out', out)
@@ -290,12 +289,12 @@ def test_a_compressed_checkpoint_and_a_negative_step_are_refused(work, tmp_path)
     shutil.copytree(work / 'out', bomb)
     for path in bomb.glob('*.pt'):
         path.unlink()
-    with zipfile.ZipFile(bomb / 'last.pt', 'w', zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(bomb / 'step-00000012.pt', 'w', zipfile.ZIP_DEFLATED) as file:
         file.writestr('last/data.pkl', bytes(10 ** 7))
     one_line(run_here(work, 'train.py', *QUICK, f'--out_dir={bomb}', '--init_from=resume'), 'bomb')
     shutil.copytree(work / 'out', negative)
     state = checkpoint(negative)
-    torch.save(state | dict(step=-5), negative / 'last.pt')
+    torch.save(state | dict(step=-5), step_files(negative)[0])
     one_line(run_here(work, 'train.py', *QUICK, f'--out_dir={negative}', '--init_from=resume'),
              'negative')
 
@@ -321,12 +320,12 @@ def test_data_that_changed_is_noticed(work, tmp_path):
 
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(work, tmp_path):
     out = rewind(work / 'out', tmp_path / 'full', 8)
-    before = (out / 'last.pt').read_bytes()
+    before = step_files(out)[0].read_bytes()
     done = subprocess.run(
         ['bash', '-c', 'ulimit -f 200; exec "$@"', '-', sys.executable, ROOT / 'train.py', *QUICK,
          f'--out_dir={out}', '--init_from=resume'], cwd=work, capture_output=True, text=True)
     one_line(done, 'cannot write', 'is kept')
-    assert (out / 'last.pt').read_bytes() == before
+    assert step_files(out)[0].read_bytes() == before
     assert load_state(out)['step'] == 8
 
 
