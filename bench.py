@@ -137,10 +137,12 @@ def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_mem
         clip_and_step(optimizers, scaler, model.parameters(), train.grad_clip)
         update_ema(ema, model, 0.999)
 
-    share = train.curriculum_frac if train.objective == 'duo' else 0
+    is_duo = train.objective == 'duo'
+    share = train.curriculum_frac if is_duo else 0
     ms = 0
     for name, part, step in [('curriculum', share, 0),
-                             ('discrete', 1 - share, train.max_iters - 1)]:
+                             ('discrete' if is_duo else train.objective, 1 - share,
+                              train.max_iters - 1)]:
         if part:
             ms += part * micro_batches * measure(
                 name, lambda: micro_batch(step), device, x0.numel())

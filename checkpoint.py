@@ -169,8 +169,8 @@ def load_state(out_dir):
         else:
             say(f'going on from {path}')
             return state
-    raise UserError(f'no checkpoint in {out_dir} (step-*.pt) that can be used: train first, or name '
-                    'another --out_dir')
+    raise UserError(f'no checkpoint in {out_dir} (step-*.pt) that can be used: train first, or '
+                    'name another --out_dir')
 
 
 def read_weights(path):
@@ -298,10 +298,9 @@ def open_log(out_dir, step):
 
 def append_log(file, record):
     """One JSON line: a number that is not finite is null."""
-    for name, value in record.items():
-        if type(value) is float and not math.isfinite(value):
-            record[name] = None
-    print(json.dumps(record), file=file)                 # print() bears a console that is closed
+    line = {name: None if type(value) is float and not math.isfinite(value) else value
+            for name, value in record.items()}
+    print(json.dumps(line), file=file)                   # print() bears a console that is closed
 
 
 def check_resume(out_dir, state, settings, config, token_files):
@@ -404,6 +403,6 @@ The numbers are those of the EMA weights and, but for AR, upper bounds. Trained 
 
 All settings are in config.json. To sample from it:
 
-    python sample.py --init_from=hf:ORG/NAME
+    python sample.py --out_dir=hf:ORG/NAME
 '''
     write_text(card, text)

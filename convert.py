@@ -1,7 +1,7 @@
 """
 The authors' checkpoints into our format, and ours into theirs:
 
-    python convert.py hf:s-sahoo/duo out-duo           # then: python sample.py --init_from=out-duo
+    python convert.py hf:s-sahoo/duo out-duo           # then: python sample.py --out_dir=out-duo
     python convert.py duo.ckpt out-duo --objective=duo # the moving average of a Lightning .ckpt
     python convert.py --export out theirs              # for their DUO.from_pretrained
 

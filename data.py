@@ -232,7 +232,7 @@ def get_batch(stream, rows, block_size, meta, device):
     return x0.to(device, non_blocking=True)
 
 
-def likelihood_figures(nats, objective, stream, rows, block_size, meta, split):
+def likelihood_figures(nats, objective, stream, rows, block_size, split):
     """The metric in words and as numbers: nats (n,) per token of each row -> text, dict. error is
     the standard error of the mean; bits per byte are of the text, not of bos and eos."""
     loss = nats.mean().item()

@@ -54,7 +54,7 @@ def transform(gamma, vocab_size):
     K, h = vocab_size, 0.05
     gamma = gamma.double().unsqueeze(-1)
     mu = torch.exp(-gamma / 2)
-    y = torch.arange(-9, 9 + h, h, dtype=torch.float64, device=gamma.device)
+    y = torch.linspace(-9, 9, 361, dtype=torch.float64, device=gamma.device)
     mass = h / sqrt(2 * pi) * torch.exp(-y * y / 2 + (K - 1) * log_ndtr(mu + y))  # (...,361)
     alpha = (K * mass.sum(-1) - 1) / (K - 1)
     dalpha = K / (K - 1) * (y * mass * (-mu / 2)).sum(-1)
@@ -360,29 +360,32 @@ def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0, compile
     differentiate = partial(torch.compile(loss_and_grad) if compile else loss_and_grad, loss_fn)
     return HeadLoss.apply(h, weight, bias, differentiate, weights, grad_scale, *args)
 
+
+@torch.no_grad()
+def per_token(model, x, sigma, fn, args):
+    """fn(logits (n,K), *args) -> (n,) for each token of x (B,T) at noise level sigma: a loss, or a
+    draw; (B,T), without a gradient. args broadcast over (B,T)."""
+    linear = model.output_layer.linear
+    h, *args = flatten_tokens(model.hidden(x, sigma), *args)
+    found = []
+    for _, _, logits, rest in head_chunks(h, *cast_head(h, linear.weight, linear.bias), *args):
+        found.append(fn(logits[:, :len(linear.bias)], *rest))
+    return torch.cat(found).view(x.shape)
+
 # --------------------------------------------------------------------------------------------------
 # the metric: it does not depend on what was trained on
 
-@torch.no_grad()
-def head_losses(h, weight, bias, loss_fn, args):
-    """Every token's loss (B,T) instead of their mean: for evaluation, no gradient. The samplers
-    give it a function that draws tokens instead."""
-    K = len(bias)
-    flat_h, *args = flatten_tokens(h, *args)
-    losses = []
-    for _, _, logits, rest in head_chunks(flat_h, *cast_head(h, weight, bias), *args):
-        losses.append(loss_fn(logits[:, :K], *rest))
-    return torch.cat(losses).view(h.shape[:2])
+def ar_nll(model, x0):
+    """(B,T-1) nats of each token of x0 (B,T), but for the first, by an autoregressive model."""
+    return per_token(model, x0[:, :-1], None, cross_entropy, [x0[:, 1:]])
 
 
-def token_nll(model, x0, t, vocab_size, objective='duo', seeds=(), fixed=None):
+def token_nll(model, x0, t, vocab_size, objective, seeds, fixed=None):
     """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), with noise
-    from a seed for each row, whatever the training loss; for an autoregressive model the exact
-    (B,T-1), where t, seeds and fixed are not used. fixed (B,T) bool: tokens that get no noise."""
-    linear = model.output_layer.linear
+    from a seed for each row, whatever the training loss; for an autoregressive model ar_nll, and t,
+    seeds and fixed are not used. fixed (B,T) bool: tokens that get no noise."""
     if objective == 'ar':
-        h = model.hidden(x0[:, :-1])
-        return head_losses(h, linear.weight, linear.bias, cross_entropy, [x0[:, 1:]])
+        return ar_nll(model, x0)
     alpha, dalpha = noise_schedule(t, torch.float32)
     rows = []
     for i, seed in enumerate(seeds):                     # the noise of a row is its own, whatever
@@ -392,8 +395,7 @@ def token_nll(model, x0, t, vocab_size, objective='duo', seeds=(), fixed=None):
     if fixed is not None:
         xt = torch.where(fixed, x0, xt)
     loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
-    args = [xt, x0, alpha, dalpha]
-    return head_losses(model.hidden(xt, sigma), linear.weight, linear.bias, loss_fn, args)
+    return per_token(model, xt, sigma, loss_fn, [xt, x0, alpha, dalpha])
 
 
 @torch.no_grad()

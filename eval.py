@@ -13,7 +13,7 @@ A diffusion model gets an upper bound of its NLL, an autoregressive one the exac
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
 and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options; the
 sampler is the one that papers report, ancestral, unless another is named. The last line printed is
-JSON; --gen_ppl also appends it to out_dir/gen.jsonl, which plot.py --gen draws.
+JSON; --gen_ppl also appends a line of it for each trial to out_dir/gen.jsonl, for plot.py --gen.
 """
 import json
 import math
@@ -31,12 +31,11 @@ from checkpoint import append_log, load_model, read_config
 from data import (get_batch, get_rows, likelihood_figures, load_data, num_rows,
                   tokenizer_difference)
 from device import pick_device, pick_dtype, start_distributed
-from diffusion import cross_entropy, evaluate, token_nll
+from diffusion import ar_nll, cross_entropy, evaluate
 from sample import (CHECKS, SAMPLER_OPTIONS, choose_sampler, denoise, describe_sampler, load,
                     sample_prior, text_length)
 
-out_dir = 'out'              # the model to evaluate, as train.py left it
-init_from = ''               # instead of out_dir: another folder, or hf:org/name
+out_dir = 'out'              # the model to evaluate, as train.py left it; or hf:org/name
 # --- likelihood
 dataset = ''                 # a folder in data_dir; '' is the one it was trained on
 data_dir = 'data'
@@ -96,7 +95,7 @@ def likelihood(model, info, rank, world):
     nats = evaluate(model, objective, meta['vocab_size'], draw_rows, len(rows) * draws, batch_size,
                     meta['pad_id'], device, rank, world)
     nats = nats.view(draws, -1).mean(0)
-    line, figures = likelihood_figures(nats, objective, stream, rows, block_size, meta, split)
+    line, figures = likelihood_figures(nats, objective, stream, rows, block_size, split)
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
         print(f'{len(rows)} rows of {name}/{split}: {bound}{line}')
@@ -169,7 +168,7 @@ def our_judge(folder, info, device):
 
     def score(rows):
         for x0 in torch.tensor(rows, device=device).split(batch_size):
-            yield token_nll(judge, x0, None, None, 'ar')
+            yield ar_nll(judge, x0)
     return score
 
 
@@ -263,8 +262,7 @@ def judge_samples(loaded, autocast):
 
 
 def evaluate_tasks(loaded):
-    """The figures of lm_eval's tasks, a dict. What they generate is by the last of --steps and
-    --temperature."""
+    """The figures of lm_eval's tasks, a dict. What they generate takes the last of --steps."""
     try:
         from harness import run_tasks
     except ImportError as error:
@@ -276,9 +274,8 @@ def evaluate_tasks(loaded):
 
 
 def main():
-    global out_dir, device
+    global device
     globals().update(configure(SAMPLER_OPTIONS | globals(), CHECKS))
-    out_dir = init_from or out_dir
     device, rank, world = start_distributed(pick_device(device))
     autocast = pick_dtype(dtype, device)[1]
     if gen_ppl and lm_eval or world > 1 and (gen_ppl or lm_eval):

@@ -4,15 +4,14 @@ A model of this project as an LM of lm_eval, EleutherAI's Language Model Evaluat
 """
 from pathlib import Path
 
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from configurator import UserError
-from diffusion import head_losses
-from sample import edge_tokens, equally_long, generate, score_rows
+from diffusion import per_token
+from sample import edge_tokens, equally_long, fill_holes, generate, score_rows
 
 
 class NanoDuo(LM):
@@ -46,19 +45,17 @@ class NanoDuo(LM):
         nats, _ = score_rows(self.loaded, parts, self.draws)
         return list(zip((-nats).tolist(), self.are_greedy(parts)))
 
-    @torch.no_grad()
     def are_greedy(self, parts):
         """Of each row: is every token of the answer the likeliest? For a diffusion model False."""
         greedy = [False] * len(parts)
         model, _, info = self.loaded
         if info['objective'] != 'ar':
             return greedy
-        linear = model.output_layer.linear
         likeliest = lambda logits: logits.argmax(-1)
         rows = [edge_tokens(self.loaded, context + answer) for context, answer, _ in parts]
         for indices in equally_long(rows):
-            x = torch.tensor([rows[i] for i in indices], device=linear.weight.device)
-            best = head_losses(model.hidden(x), linear.weight, linear.bias, likeliest, [])   # (n,T)
+            x, _ = fill_holes(self.loaded, [rows[i] for i in indices])
+            best = per_token(model, x, None, likeliest, [])                                  # (n,T)
             for i, tokens in zip(indices, best.tolist()):
                 context, answer, _ = parts[i]
                 begin = len(context)                     # where the answer's first is predicted

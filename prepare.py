@@ -488,6 +488,8 @@ def main():
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
     sets = [paths]
     if paths == ['zeroshot']:
+        if settings['name']:
+            raise UserError('zeroshot makes several data sets: give no --name')
         sets = [[name] for name in ZEROSHOT if not Path(settings['data_dir'], name).exists()]
     for sources in sets:
         meta = prepare(sources, **settings)

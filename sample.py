@@ -34,13 +34,12 @@ import torch
 from checkpoint import load_model
 from data import load_tokenizer
 from device import pick_device, pick_dtype, say
-from diffusion import (categorical, cross_entropy, gibbs_step, head_losses, masked_reverse_step,
-                       noise_schedule, q_sample, reverse_step, stratified_times, token_nll,
-                       top_p_filter)
+from diffusion import (ar_nll, categorical, cross_entropy, gibbs_step, masked_reverse_step,
+                       noise_schedule, per_token, q_sample, reverse_step, stratified_times,
+                       token_nll, top_p_filter)
 
 # --- what to sample
-out_dir = 'out'              # where train.py left the model
-init_from = ''               # instead of out_dir: another folder, or hf:org/name
+out_dir = 'out'              # where train.py left the model; or hf:org/name
 num_samples = 3              # texts, of each prompt
 length = 0                   # tokens in a text; 0: as many as the model was trained on
 prompt = ''                  # text to begin with; it stays as it is
@@ -212,7 +211,7 @@ def denoise(loaded, xt, fixed=None, **options):
     (B,T) is true stays. options: those of SAMPLER_OPTIONS that shall differ."""
     model, _, info = loaded
     o = choose_sampler(info, options)
-    linear, vocab_size = model.output_layer.linear, info['data']['vocab_size']
+    vocab_size = info['data']['vocab_size']
     is_masked = info['objective'] == 'mdlm'
     reverse = partial(masked_reverse_step, mask_id=vocab_size) if is_masked else reverse_step
     if fixed is None:
@@ -224,8 +223,7 @@ def denoise(loaded, xt, fixed=None, **options):
         if is_masked:
             alpha = 1.0                  # that network is told no time: sigma = -log(1) = 0
         sigma = -torch.log(torch.full(x.shape[:1], alpha, device=x.device))
-        h = model.hidden(x, sigma)                                         # (B,T,C)
-        xs = head_losses(h, linear.weight, linear.bias, pick, [x])
+        xs = per_token(model, x, sigma, pick, [x])                         # (B,T)
         return torch.where(fixed, xt, xs)
 
     if info['objective'] == 'ar':
@@ -280,8 +278,8 @@ def text_length(info, length, count=1):
     if count * length > 1e8:
         raise UserError(f'{count} texts of {length} tokens are too many at once')
     if length > trained:
-        print(f'warning: --length={length} exceeds the {trained} tokens that this model was trained'
-              ' on; longer texts fall apart', file=sys.stderr)
+        print(f'warning: {length} tokens are more than the {trained} that this model was trained '
+              'on; longer texts fall apart', file=sys.stderr)
     return length
 
 
@@ -294,11 +292,10 @@ def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
     length = text_length(info, length, len(prompts) * num_samples)
     if suffix and info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead to a suffix: give a prompt only')
-    encode = lambda text: tokenizer.encode(text[:1000 * length])   # no token is that long
-    end = encode(suffix) + [data['eos_id']] if suffix else []
+    end = tokenizer.encode(suffix) + [data['eos_id']] if suffix else []
     rows = []
     for prompt in prompts:
-        begin = [data['bos_id']] + encode(prompt) if prompt else []
+        begin = [data['bos_id']] + tokenizer.encode(prompt) if prompt else []
         n_free = length - len(begin) - len(end)
         if n_free < 1:
             raise UserError(f'prompt and suffix take {length - n_free} tokens of {length}: shorten '
@@ -327,18 +324,17 @@ def start_template(loaded, template, num_samples=1):
     """xt, fixed of fill_holes for a text with holes: [[8]] is one of 8 tokens, [[some words]] one
     of as many as these words have."""
     encode = loaded.tokenizer.encode
-    ids = []
-    for i, part in enumerate(re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)):
-        if i % 2 == 0:                                   # text and holes alternate
-            ids += encode(part)
-        else:
-            n = int(part) if part.isdecimal() else len(encode(part))
-            text_length(loaded.info, len(ids) + n, num_samples)
-            ids += [-1] * n
-    if -1 not in ids:
+    parts = re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)   # text and holes alternate
+    texts = [encode(text) for text in parts[::2]]
+    holes = [int(hole) if hole.isdecimal() else len(encode(hole)) for hole in parts[1::2]]
+    if not sum(holes):
         raise UserError('no hole in the text: [[8]] is one of 8 tokens')
     if loaded.info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead: only diffusion models infill')
+    text_length(loaded.info, sum(holes) + sum(map(len, texts)) + 2, num_samples)
+    ids = texts[0]
+    for hole, text in zip(holes, texts[1:]):
+        ids += [-1] * hole + text
     return fill_holes(loaded, [edge_tokens(loaded, ids)], num_samples)
 
 
@@ -374,13 +370,14 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
 # --------------------------------------------------------------------------------------------------
 # how likely a text is
 
-def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
+def score(loaded, texts, given='', suffix='', draws=32):
     """Nats of each of the texts between given and suffix, and their standard errors: two (N,)
     float64. Exact for AR (suffix is not used), else an upper bound: the mean of some draws of the
     NELBO, with noise on the text alone, from the same seeds for all texts."""
     encode = loaded.tokenizer.encode
     before, after = encode(given), encode(suffix)
-    return score_rows(loaded, [(before, encode(text), after) for text in texts], draws, seed)
+    with torch.random.fork_rng():                        # what is sampled next stays random
+        return score_rows(loaded, [(before, encode(text), after) for text in texts], draws)
 
 
 def equally_long(rows, max_tokens=SCORED_TOKENS):
@@ -395,7 +392,7 @@ def equally_long(rows, max_tokens=SCORED_TOKENS):
 
 
 @torch.no_grad()
-def score_rows(loaded, parts, draws=32, seed=1337):
+def score_rows(loaded, parts, draws=32):
     """The same for lists of ids: parts holds (before, text, after) for each row, without edges."""
     model, _, info = loaded
     objective = info['objective']
@@ -412,7 +409,7 @@ def score_rows(loaded, parts, draws=32, seed=1337):
             is_fixed[:, begin:begin + len(text)] = False
         t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
         nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
-                         n * [*range(seed, seed + draws)], fixed)
+                         n * [*range(draws)], fixed)
         nats = nats.double().masked_fill(fixed[:, -nats.size(1):], 0)
         sums[indices] = nats.sum(-1).view(n, draws).cpu()
     return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)
@@ -428,11 +425,10 @@ def token_probs(loaded, text, alpha=0.95):
     ids = tokenizer.encode(text)
     x, _ = fill_holes(loaded, [edge_tokens(loaded, ids)])                   # (1,T)
     if info['objective'] == 'ar':
-        nats = token_nll(model, x, None, None, 'ar')                        # (1,T-1)
+        nats = ar_nll(model, x)                                             # (1,T-1)
     else:
-        linear = model.output_layer.linear
-        h = model.hidden(x, torch.full_like(x[:, :1], -math.log(alpha), dtype=torch.float32))
-        nats = head_losses(h, linear.weight, linear.bias, cross_entropy, [x])
+        sigma = torch.full_like(x[:, :1], -math.log(alpha), dtype=torch.float32)
+        nats = per_token(model, x, sigma, cross_entropy, [x])               # (1,T)
     return ids, (-nats[0, -len(ids) - 1:-1]).exp().tolist()
 
 
@@ -498,8 +494,7 @@ def main():
     settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, utf8])
     tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
     globals().update(settings)
-    where = init_from or out_dir
-    loaded = load(where, device)
+    loaded = load(out_dir, device)
     options = choose_sampler(loaded.info, {name: globals()[name] for name in SAMPLER_OPTIONS})
     autocast = pick_dtype(dtype, pick_device(device))[1]
     if tasks['score']:
@@ -508,6 +503,11 @@ def main():
         return
     if prompts and prompt:
         raise UserError('--prompts and --prompt: give one of them')
+    if tasks['infill'] and (prompts or prompt or suffix or length):
+        raise UserError('--infill is the whole text: give no prompt, suffix or length with it')
+    for path in filter(None, (html, out)):
+        if not Path(path).parent.is_dir():               # now, not after the sampling
+            raise UserError(f'there is no folder for {path}')
     lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
     if watch and not os.isatty(1):
         raise UserError('--watch draws on a terminal, not into a pipe or a file')
@@ -533,7 +533,7 @@ def main():
     seconds = time.time() - began
 
     if html:
-        title = f'{where}: {len(frames) - 1} network calls'
+        title = f'{out_dir}: {len(frames) - 1} network calls'
         Path(html).write_text(denoising_page(loaded.tokenizer, frames, title), 'utf-8')
     if out:
         with open(out, 'w', encoding='utf-8') as f:
@@ -545,7 +545,7 @@ def main():
             say(f'{"-" * 80}\n{text}')
         say('-' * 80)
     say(f'{calls} network calls for {len(texts)} texts of {xt.size(1)} tokens '
-          f'({describe_sampler(options)}): {seconds:.1f} s')
+        f'({describe_sampler(options)}): {seconds:.1f} s')
 
 
 if __name__ == '__main__':

@@ -293,7 +293,7 @@ def main():
 
     # ---- what it goes on from: a checkpoint, another run's model, or nothing
     kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
-    state = trained = val_loss = None
+    state = trained = None
     settings['init_from'] = start
     if start == 'resume':
         state = load_state(out_dir)
@@ -334,7 +334,7 @@ def main():
                     part.load_state_dict(state[name])
             for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
                 load_optimizer(optimizer, saved)
-            step, val_loss = state['step'], state['val_loss']
+            step = state['step']
             began -= state['seconds']
             counts += state['counts'].to(here)
         except UNREADABLE as error:
@@ -374,7 +374,7 @@ def main():
         with autocast:
             nats = evaluate(ema, kind, vocab_size, get_rows, n, batch_size, meta['pad_id'], here,
                             rank, world)
-        line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, meta, 'val')
+        line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, 'val')
         figures |= loss_by_noise(nats, kind)
         figures = {f'val_{name}': value for name, value in figures.items()}
         log(f'step {step}: val loss {line}', **figures)
@@ -387,8 +387,7 @@ def main():
         return score >= gate_score
 
     def write_checkpoint():
-        info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step,
-                    val_loss=val_loss)
+        info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step)
         state = {name: part.state_dict() for name, part in parts.items()} | info
         state.update(optimizers=[optimizer.state_dict()['state'] for optimizer in optimizers],
                      counts=counts.cpu(), fingerprint=token_files,
@@ -462,7 +461,6 @@ def main():
         if at_eval or eval_only or done and not stopped:
             signals.doing = 'the validation'
             figures = validate()
-            val_loss = figures['val_loss']
         if log_file and (at_checkpoint or done or stopped):
             signals.doing = 'a checkpoint'
             write_checkpoint()

@@ -38,7 +38,7 @@ def network(config=DiTConfig(256, 16, 1, 2, 16, 8), seed=0):
 
 def info_of(model, **more):
     return dict(objective='duo', model=asdict(model.config), data=DATA,
-                settings={'dataset': 'tiny'}, step=0, val_loss=None) | more
+                settings={'dataset': 'tiny'}, step=0) | more
 
 
 def write_step(folder, step, keep_last=2):
@@ -345,17 +345,17 @@ def test_a_run_is_a_repository_of_the_hub(work, tmp_path, monkeypatch):
     assert '    python train.py ' in card and '22,608 tokens' in card
     env = os.environ | hub_cache(tmp_path, 'me/tiny', work / 'out')
     sampling = ['sample.py', '--steps=2', '--num_samples=1']
-    said = [good(run(work, *sampling, '--init_from=hf:me/tiny', env=env)),
+    said = [good(run(work, *sampling, '--out_dir=hf:me/tiny', env=env)),
             good(run_here(work, *sampling, '--out_dir=out'))]
     assert said[0].split(': ')[:-1] == said[1].split(': ')[:-1]
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', env['HF_HUB_CACHE'])
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    said = good(run_here(work, 'eval.py', '--init_from=hf:me/tiny', '--max_rows=4'))
+    said = good(run_here(work, 'eval.py', '--out_dir=hf:me/tiny', '--max_rows=4'))
     result = json.loads(said.splitlines()[-1])
     assert result['out_dir'] == 'hf:me/tiny' and result['rows'] == 4
-    one_line(run_here(work, 'sample.py', '--init_from=hf:me/none'), 'hf:me/none', 'cache')
-    one_line(run_here(work, 'sample.py', '--init_from=hf:me'), 'hf:me')
-    one_line(run_here(work, 'sample.py', '--init_from=hf:a/b/c'), 'hf:a/b/c')
+    one_line(run_here(work, 'sample.py', '--out_dir=hf:me/none'), 'hf:me/none', 'cache')
+    one_line(run_here(work, 'sample.py', '--out_dir=hf:me'), 'hf:me')
+    one_line(run_here(work, 'sample.py', '--out_dir=hf:a/b/c'), 'hf:a/b/c')
 
 
 def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):

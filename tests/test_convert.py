@@ -283,10 +283,10 @@ def test_a_run_exported_and_converted_back_loses_nothing(work, tmp_path):
 
 
 def test_theirs_on_the_hub(tmp_path):
-    """init_from of theirs says to convert; convert reads what the cache has."""
+    """out_dir of theirs says to convert; convert reads what the cache has."""
     source = repository(tmp_path / 'source', weights_of(reference('dit_')))
     env = os.environ | hub_cache(tmp_path, 'them/duo', source)
-    one_line(run(tmp_path, 'sample.py', '--init_from=hf:them/duo', env=env),
+    one_line(run(tmp_path, 'sample.py', '--out_dir=hf:them/duo', env=env),
              'python convert.py hf:them/duo out-duo')
     good(run(tmp_path, 'convert.py', 'hf:them/duo', 'out-duo', env=env))
     model, _ = load_model(tmp_path / 'out-duo')
@@ -304,7 +304,7 @@ def test_going_on_from_a_model_of_theirs(work, tmp_path):
         repository(tmp_path / f'their-{kind}', theirs.state_dict(), vocab_size=50258,
                    model_length=32, causal=causal, n_blocks=1, hidden_dim=16, cond_dim=8, n_heads=2)
         convert(tmp_path / f'their-{kind}', tmp_path / kind)
-    one_line(run(tmp_path, 'eval.py', '--init_from=duo'), '--dataset')
+    one_line(run(tmp_path, 'eval.py', '--out_dir=duo'), '--dataset')
     env = os.environ | {'TIKTOKEN_CACHE_DIR': str(tiktoken)}
     (tmp_path / 'tiny.txt').write_text((work / 'tiny.txt').read_text())
     good(run(tmp_path, 'prepare.py', 'tiny.txt', '--tokenizer', 'gpt2', env=env))
@@ -313,9 +313,9 @@ def test_going_on_from_a_model_of_theirs(work, tmp_path):
              '--out_dir=dcd', env=env))
     state, theirs = checkpoint(tmp_path / 'dcd'), dict(load_model(tmp_path / 'duo')[0].state_dict())
     assert equal(dict(state['teacher']), theirs) and not equal(dict(state['weights']), theirs)
-    said = good(run(tmp_path, 'sample.py', '--init_from=ar', '--num_samples=1', env=env))
+    said = good(run(tmp_path, 'sample.py', '--out_dir=ar', '--num_samples=1', env=env))
     assert '31 network calls' in said
-    said = good(run(tmp_path, 'eval.py', '--init_from=ar', '--dataset=tiny', env=env))
+    said = good(run(tmp_path, 'eval.py', '--out_dir=ar', '--dataset=tiny', env=env))
     assert json.loads(said.splitlines()[-1])['objective'] == 'ar'
     one_line(run(tmp_path, 'train.py', *more, '--objective=mdlm', '--out_dir=never', env=env),
              'duo is a network for duo, not for mdlm')

@@ -431,7 +431,7 @@ def test_bits_per_byte_are_of_the_rows_that_are_scored(tmp_path, monkeypatch, na
 
     def bits_per_byte(rows, kind):
         nats = torch.full((len(rows),), math.log(2))
-        return likelihood_figures(nats, kind, data['train'], rows, T, meta, 'train')[1]['bpb']
+        return likelihood_figures(nats, kind, data['train'], rows, T, 'train')[1]['bpb']
 
     last = num_rows(data['train'], T) - 1
     for rows in ([0, 1, 2], [last, last - 2], range(last + 1)):

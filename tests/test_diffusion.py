@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffusion
 import train
 from diffusion import (categorical, consistency_pair, coupled_pair, cross_entropy, evaluate,
-                       gaussian_scales, head_loss, head_losses, largest_normals,
-                       masked_reverse_step, mdlm_nelbo, nelbo, nelbo_and_grad, noise_schedule,
-                       other_tokens, q_sample, reverse_step, soft_tokens, stratified_times,
+                       gaussian_scales, head_loss, largest_normals, masked_reverse_step,
+                       mdlm_nelbo, nelbo, nelbo_and_grad, noise_schedule, other_tokens,
+                       per_token, q_sample, reverse_step, soft_tokens, stratified_times,
                        teacher_kl, token_nll, top_p_filter, transform)
 from helpers import mean_and_error, reference
 from literal import posterior
@@ -311,6 +312,12 @@ def focal(logits, x0, power):
     return -(1 - p) ** power * p.log()
 
 
+def of_head(h, weight, bias):
+    """A model whose trunk puts out h, whatever it gets."""
+    linear = SimpleNamespace(weight=weight, bias=bias)
+    return SimpleNamespace(hidden=lambda x, sigma: h, output_layer=SimpleNamespace(linear=linear))
+
+
 @pytest.mark.parametrize('loss_fn', [nelbo, focal])
 @pytest.mark.parametrize('dtype, tolerance', [
     (torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -331,7 +338,7 @@ def test_head_loss_equals_the_loss_of_all_logits(loss_fn, dtype, tolerance, T, K
         for a, b in zip(ours, torch.autograd.grad(2 * exact, precise, retain_graph=True)):
             assert a.dtype == dtype
             assert (a.double() - b).abs().max() < tolerance * b.abs().max()
-    each = head_losses(*inputs, loss_fn, args)
+    each = per_token(of_head(*inputs), xt, None, loss_fn, args)
     assert (each.double() - losses).abs().max() < tolerance * losses.max()
 
 
@@ -349,7 +356,7 @@ def test_a_padded_head_is_the_same_head(monkeypatch, loss_fn, dtype):
         monkeypatch.setattr(diffusion, 'cast_head', lambda h, weight, bias: (
             F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))))
         loss = head_loss(*inputs, loss_fn, args)
-        each = head_losses(*inputs, loss_fn, args)
+        each = per_token(of_head(*inputs), xt, None, loss_fn, args)
         results.append([loss, each, *torch.autograd.grad(loss, inputs)])
     for plain, padded in zip(*results):
         tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 1e-2)

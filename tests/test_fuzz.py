@@ -126,7 +126,7 @@ def home(tmp_path_factory):
     model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1)).sum().backward()
     optimizer.step()
     meta = load_data(home / 'data/bytes')[0]
-    info = dict(objective='duo', model=asdict(model.config), data=meta, settings={'dataset': 'bytes'}, val_loss=1.5)
+    info = dict(objective='duo', model=asdict(model.config), data=meta, settings={'dataset': 'bytes'})
     (home / 'out').mkdir()
     for step in (4, 5):
         save(home / 'out', info | dict(step=step, weights=model.state_dict(), ema=model.state_dict(), teacher=None,
@@ -203,7 +203,7 @@ def use_data(folder):
             starts = [0, len(stream[0])] if stream[1] is None else stream[1].tolist()
             assert starts == sorted(starts) and (starts[0], starts[-1]) == (0, len(stream[0]))
             assert 0 <= rows.min() and rows.max() < K
-            _, figures = likelihood_figures(torch.ones(2), 'duo', stream, [0, 0], 16, meta, split)
+            _, figures = likelihood_figures(torch.ones(2), 'duo', stream, [0, 0], 16, split)
             assert all(math.isfinite(figure) for figure in figures.values())
         encode, decode, _ = load_tokenizer(meta, folder)
         assert type(decode(np.arange(K))) is str and max(encode('line')) < K

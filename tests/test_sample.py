@@ -439,8 +439,10 @@ def test_sample(work):
     (['--prompts=/dev/null'], ['/dev/null', 'lines']),
     (['--prompt=\udcff'], ['--prompt', 'UTF-8']),
     (['--prompts=tiny.txt', '--prompt=x'], ['--prompts', '--prompt']),
-    (['--out=no/such/file'], ['no/such/file']),
-    (['--html=no/such/file'], ['no/such/file']),
+    (['--infill=a [[2]] b', '--suffix=c'], ['--infill', 'suffix']),
+    (['--infill=[[999999999999]]'], ['tokens are too many']),
+    (['--out=no/such/file', '--steps=1000000'], ['no/such/file']),   # before it samples
+    (['--html=no/such/file', '--steps=1000000'], ['no/such/file']),
     (['--sampler=commit'], ['--sampler', 'ancestral, psi, informed']),
     (['--stpes=3'], ['did you mean steps'])])
 def test_sample_refuses_in_one_line(work, args, parts):
@@ -450,7 +452,7 @@ def test_sample_refuses_in_one_line(work, args, parts):
 def test_a_mistake_is_one_line_on_stderr(work):
     done = run(work, 'sample.py', '--steps=1', '--length=40')
     assert good(done).startswith('-----') and len(done.stderr.splitlines()) == 1
-    assert '--length=40 exceeds the 32 tokens' in done.stderr
+    assert '40 tokens are more than the 32' in done.stderr
     done = run(work, 'sample.py', '--steps=0')
     assert done.returncode == 1
     assert done.stderr == '--steps=0: must be from 1 to 1,000,000\n' and not done.stdout

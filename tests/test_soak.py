@@ -37,8 +37,6 @@ def evaluate(*args):
     assert len(log(work / 'kicked', 'val_loss')) == 1
     good(run_here(work, script, *args))
     assert log(work / 'kicked', 'step') == [1, 2, 3, 4, 4, 5, 5]
-    last = log(work / 'kicked', 'val_loss')[-1]
-    assert checkpoint(work / 'kicked')['val_loss'] == pytest.approx(last, abs=1e-5)
 
 
 def test_a_log_without_a_checkpoint(work):
