@@ -24,8 +24,8 @@ import train
 from data import load_data, num_rows
 from device import pick_device, pick_dtype
 from diffusion import stratified_times
-from model import DiT, update_ema
-from optim import clip_and_step
+from model import DiT
+from optim import clip_and_step, update_ema
 
 plan = False                 # what the whole run would take, instead of the formulas' costs
 gpu = ''                     # a plan for an 'h100', 'a100' or 't4' that is not here: an estimate

@@ -42,7 +42,7 @@ from model import DiT, DiTConfig
 STATE = dict(weights=dict, step=int, model=dict, settings=dict)
 INFO = dict(objective=str, model=dict, data=dict, settings=dict)
 # What tells the networks of the objectives apart: tokens beyond the tokenizer's, and causal.
-KINDS = dict(duo=(0, False), mdlm=(1, False), ar=(0, True))
+NETWORK_KINDS = dict(duo=(0, False), mdlm=(1, False), ar=(0, True))
 # What zipfile and torch.load were seen to raise on damaged and crafted files: torch's unpickler
 # runs nothing of them, but takes operands as they come. Caught around library calls only.
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
@@ -83,7 +83,7 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    """A path in the text may be no UTF-8."""
+    """In UTF-8; half a character, as a path may have it, is written as the byte that it was."""
     write_whole(path, lambda temporary: temporary.write_text(text, 'utf-8', 'surrogateescape'))
 
 
@@ -216,7 +216,7 @@ def build_model(info, weights, where):
         if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
             raise ValueError('no network has such sizes')
         masks = c.vocab_size - info['data']['vocab_size']
-        if KINDS.get(info['objective']) != (masks, c.causal):
+        if NETWORK_KINDS.get(info['objective']) != (masks, c.causal):
             raise ValueError(f'no network for {info["objective"]!r:.40}')
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where} has a wrong config.json: {error!s:.200}: {info["model"]}')

@@ -132,9 +132,14 @@ def load_data(folder):
                         'file say, or from text of yours (prepare.py --help)') from None
 
 
+def token_dtype(vocab_size):
+    """Of the numbers in a token file."""
+    return np.uint16 if vocab_size <= 65535 else np.uint32
+
+
 def load_stream(folder, split, meta):
     count = meta[f'{split}_tokens']
-    dtype = np.uint16 if meta['vocab_size'] <= 65535 else np.uint32
+    dtype = token_dtype(meta['vocab_size'])
     if count == 0:  # a zero-shot set has nothing to train on
         return np.empty(0, dtype), None, None
     tokens, starts = np.memmap(folder / f'{split}.bin', dtype, 'r'), None

@@ -201,9 +201,3 @@ class DiT(nn.Module):
         if head is None:
             return linear(h)
         return head(h, linear.weight, linear.bias)
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, weight by weight, in place."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -1,6 +1,6 @@
 """
 The optimiser Muon, and what treats all optimisers of a run alike: rates, clipping, steps that are
-skipped, resuming.
+skipped, resuming; and the average of the weights (EMA).
 
 Muon (Keller Jordan, 2024) is for the matrices inside the blocks. Its update is the Nesterov
 momentum with all directions made equally strong, so that rare ones are learnt, too.
@@ -76,6 +76,12 @@ def clip_and_step(optimizers, scaler, params, max_norm):
         optimizer.zero_grad()
     scaler.update()
     return norm, finite
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, weight by weight, in place."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 STATE_PARTS = {torch.optim.AdamW: {'exp_avg', 'exp_avg_sq'}, Muon: {'momentum_buffer'}}

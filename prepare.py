@@ -32,7 +32,7 @@ from configurator import UserError, configure, progress, run
 
 import numpy as np
 
-from data import LINE_ENDS, guarded, load_tokenizer
+from data import LINE_ENDS, guarded, load_tokenizer, token_dtype
 
 name = ''                     # what to call it; '': as the set, or the first file or folder
 tokenizer = ''                # bytes, bpe (learnt from the text), gpt2, bert, or the path of a
@@ -62,7 +62,7 @@ LEFT_OUT = re.compile(r'/(test|tests|idle_test|encodings|pydoc_data|entities\.py
                       r'_casefix\.py|site-packages|dist-packages|sitecustomize\.py)(/|$)'
                       r'|_sysconfigdata')
 # How the kinds of tokenizer.json divide a text, and what begins a document, ends it, pads a row.
-KINDS = {
+TOKENIZER_KINDS = {
     'ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)':
         ('bpe', '<|endoftext|> <|endoftext|>'),
     'BertPreTokenizer()':
@@ -219,15 +219,15 @@ def read_texts(paths, key):
                             f'{number}: {type(error).__name__}: {error!s:.200}')
 
 
-def score(key):
+def hash_share(key):
     """A number in [0, 1) made from the key alone: no other document changes it."""
     return int(hashlib.sha256(os.fsencode(key)).hexdigest()[:8], 16) / 2**32
 
 
-def number_validates(texts, val_fraction, first=sys.maxsize):
-    """Documents of texts: a hash of its number decides, and the number `first` and all behind."""
+def number_validates(texts, val_fraction):
+    """Documents of texts: a hash of its number decides which split each is of."""
     for number, text in enumerate(texts):
-        yield number >= first or score(str(number)) < val_fraction, text
+        yield hash_share(str(number)) < val_fraction, text
 
 
 def end_validates(text, val_fraction):
@@ -293,14 +293,15 @@ def read_documents(row, files, val_fraction, max_docs):
         return chain(((True, text) for text in held), ((False, text) for text in texts))
     if val == 'last':
         total = min(int(total), max_docs or sys.maxsize)
-        return number_validates(texts, 0, total - min(total // 10, 100_000))
+        first = total - min(total // 10, 100_000)
+        return ((number >= first, text) for number, text in enumerate(texts))
     if repo or any(name.endswith(RECORDS) for name in files):
         return number_validates(texts, val_fraction)
     if len(files) == 1:
         return end_validates(*texts, val_fraction)
-    ranked = sorted(map(score, files))
+    ranked = sorted(map(hash_share, files))
     bar = min(max(val_fraction, ranked[0]), ranked[-2])
-    return zip((score(name) <= bar for name in files), texts)
+    return zip((hash_share(name) <= bar for name in files), texts)
 
 # --------------------------------------------------------------------------------------------------
 # tokenizers
@@ -328,8 +329,8 @@ def train_bpe(texts, vocab_size, path):
 
 
 def write_tokenizer(source, path):
-    """Write a vocab.txt or a tokenizer.json to path, as a tokenizer.json, unless it is there (a
-    BPE); -> its kind, its size, its special ids."""
+    """Write source, a vocab.txt or a tokenizer.json, to path as a tokenizer.json ('bpe': train_bpe
+    has done so); -> its kind, its size, its special ids."""
     from huggingface_hub import hf_hub_download
     from tokenizers import BertWordPieceTokenizer, Tokenizer, models
     if source == 'bert':
@@ -339,7 +340,7 @@ def write_tokenizer(source, path):
     elif source != 'bpe':
         shutil.copyfile(source, path)
     tokenizer = Tokenizer.from_file(str(path))
-    kind, special = KINDS[str(tokenizer.pre_tokenizer)]
+    kind, special = TOKENIZER_KINDS[str(tokenizer.pre_tokenizer)]
     ids = tokenizer.get_vocab()
     return kind, 1 + max(ids.values()), [ids[token] for token in special.split()]
 
@@ -364,8 +365,7 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
         eos = bos  # a quirk of the published packed sets, kept so that numbers compare
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
     return dict(tokenizer=kind, tokenizer_sha256=digest, vocab_size=size, bos_id=bos, eos_id=eos,
-                pad_id=pads[0] if rule == 'padded' else None,
-                dtype='uint16' if size <= 65535 else 'uint32')
+                pad_id=pads[0] if rule == 'padded' else None)
 
 # --------------------------------------------------------------------------------------------------
 # documents -> pieces of text -> tokens -> token files
@@ -461,6 +461,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
                               rule)
         meta.update(name=name, source=source, rule=rule)
         encode, _, size_of = load_tokenizer(meta, new)
+        dtype = token_dtype(meta['vocab_size'])
 
         def encode_row(row):
             """-> does it end a document?, does it validate?, its bytes, its tokens."""
@@ -468,7 +469,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
             text = detokenise(text, detokeniser)
             eos = [meta['eos_id']] if ends and rule == 'packed' else []
             size = len(text.encode()) + (ends and rule != 'joined')  # a document's end is a byte
-            return ends, val, size, np.array(encode(text) + eos, meta['dtype'])
+            return ends, val, size, np.array(encode(text) + eos, dtype)
 
         length = PIECE if detokeniser == '-' else sys.maxsize       # rules look across any place
         rows = in_threads(encode_row, pieces(documents(), length))

@@ -40,15 +40,15 @@ from device import (catch_signals, check_memory, check_same_step, largest_of_ran
 from diffusion import (T_MIN, cast_head, consistency_pair, corrupt, cross_entropy, describe_window,
                        evaluate, head_loss, mdlm_nelbo, nelbo, noise_schedule, soft_tokens,
                        stratified_times, teacher_kl, transform)
-from model import DiT, DiTConfig, update_ema
-from optim import Muon, clip_and_step, load_optimizer, set_lr
+from model import DiT, DiTConfig
+from optim import Muon, clip_and_step, load_optimizer, set_lr, update_ema
 
 # --- files and intervals, in steps
 out_dir = 'out'
 data_dir = 'data'
 eval_interval = 500          # validate, and write a checkpoint
 checkpoint_interval = 0      # write one at these steps too; 0: at no others
-checkpoint_minutes = 15.0    # and whenever the last is this old; 0: never for that
+checkpoint_minutes = 15.0    # and when the last one is older than this; 0: not
 keep_last = 2                # checkpoints to keep, in case the newest is damaged
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50

@@ -16,8 +16,8 @@ import train
 from configurator import UserError
 from device import pick_dtype
 from diffusion import evaluate, q_sample, soft_tokens, stratified_times, transform
-from model import DiT, DiTConfig, update_ema
-from optim import clip_and_step
+from model import DiT, DiTConfig
+from optim import clip_and_step, update_ema
 from sample import Loaded, denoise, sample_prior
 
 K, B, T = 1000, 16, 64

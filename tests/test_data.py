@@ -137,7 +137,7 @@ def test_meta_says_what_is_there(home, name):
     bpe = name == 'play'
     files = {'train.bin', 'val.bin', 'train.bytes', 'val.bytes', 'meta.json'}
     assert set(os.listdir(folder)) == files | ({'tokenizer.json'} if bpe else set())
-    assert (meta['name'], meta['dtype']) == (name, 'uint16')
+    assert meta['name'] == name
     assert meta['tokenizer'] == ('bpe' if bpe else 'bytes')
     assert (meta['bos_id'], meta['eos_id'], meta['pad_id']) == (0, 0, None)
     for split, (tokens, starts, _) in data.items():

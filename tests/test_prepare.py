@@ -178,7 +178,7 @@ def test_every_set_by_its_rules(published, name):
     if val_files == 'last':
         train, texts = lines(180), lines(20, 180)
     elif val_files == 'some':
-        texts = [text for i, text in enumerate(train) if prepare.score(str(i)) < 0.05]
+        texts = [text for i, text in enumerate(train) if prepare.hash_share(str(i)) < 0.05]
         train = [text for text in train if text not in texts]
     assert (meta['train_documents'], meta['val_documents']) == (len(train), len(texts))
     texts = [prepare.detokenise(text, kind) for text in texts]
@@ -212,7 +212,7 @@ def test_max_docs_leaves_a_published_validation_whole(tmp_path, hub):
 
 
 def test_max_tokens_cuts_the_document_that_reaches_them(tmp_path):
-    texts = [text for i, text in enumerate(lines(200)) if prepare.score(str(i)) >= 0.05]
+    texts = [text for i, text in enumerate(lines(200)) if prepare.hash_share(str(i)) >= 0.05]
     write_jsonl(tmp_path / 'd.jsonl', lines(200))
     ok('d.jsonl', '--max_tokens', 5000, '--tokenizer', 'bytes', cwd=tmp_path)
     assert (tmp_path / 'data/d/train.bin').read_bytes() == as_tokens(texts)[:10_000]
@@ -341,7 +341,7 @@ def test_golden_rows_of_bert(tmp_path, hub):
 def test_golden_rows_of_gpt2(tmp_path, hub, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
     (hello, world, bang), (the, quick, brown, fox) = (15496, 995, 0), (464, 2068, 7586, 21831)
-    eos, scores = 50256, [prepare.score(str(i)) for i in range(24)]
+    eos, scores = 50256, [prepare.hash_share(str(i)) for i in range(24)]
     write_jsonl(tmp_path / 'd.jsonl', DOCUMENTS[:2] * 12)
     ok('d.jsonl', '--tokenizer', 'gpt2', '--val_fraction', 1e-9 + min(scores), cwd=tmp_path)
     meta, data = load_data(tmp_path / 'data/d')
@@ -588,7 +588,7 @@ def test_threads_keep_the_order(tmp_path):
     write_jsonl(tmp_path / 'd.jsonl', texts)
     ok('d.jsonl', '--tokenizer', 'bytes', cwd=tmp_path)
     for part, side in (('train', False), ('val', True)):
-        some = [text for i, text in enumerate(texts) if (prepare.score(str(i)) < 0.05) == side]
+        some = [text for i, text in enumerate(texts) if (prepare.hash_share(str(i)) < 0.05) == side]
         assert (tmp_path / f'data/d/{part}.bin').read_bytes() == as_tokens(some)
 
 

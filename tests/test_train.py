@@ -20,8 +20,8 @@ from diffusion import (consistency_pair, nelbo, noise_schedule, q_sample, soft_t
 from helpers import (TINY, checkpoint, equal, good, log, mean_and_error, one_line, project_with,
                      rewind, run, run_here, wrapped_loss)
 from literal import literal_nelbo
-from model import DiT, DiTConfig, update_ema
-from optim import Muon, clip_and_step, orthogonalise, set_lr
+from model import DiT, DiTConfig
+from optim import Muon, clip_and_step, orthogonalise, set_lr, update_ema
 from sample import Loaded, denoise
 
 QUICK = [*TINY, '--num_samples=0']
