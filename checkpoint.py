@@ -83,7 +83,7 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    """In UTF-8; half a character, as a path may have it, is written as the byte that it was."""
+    """In UTF-8; other bytes, which a path may have, are written as they are."""
     write_whole(path, lambda temporary: temporary.write_text(text, 'utf-8', 'surrogateescape'))
 
 

@@ -54,7 +54,8 @@ def load_tokenizer(meta, folder):
     hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
 
     def decode_documents(ids):
-        ids = np.asarray(ids)
+        # MDLM's mask, which is beyond the vocabulary, is shown as _
+        ids = np.where(np.less(ids, meta['vocab_size']), ids, encode('_')[0])
         documents = np.split(ids, np.flatnonzero(ids == eos))  # all but the first begin with eos
         return '\n\n'.join(decode([i for i in document.tolist() if i not in hidden])
                            for document in documents)
@@ -133,7 +134,7 @@ def load_data(folder):
 
 
 def token_dtype(vocab_size):
-    """Of the numbers in a token file."""
+    """The type of the numbers in a token file."""
     return np.uint16 if vocab_size <= 65535 else np.uint32
 
 

@@ -477,10 +477,10 @@ def masked_reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0, *, mask_id):
     """
     is_mask = xt == mask_id
     x0 = torch.where(is_mask, categorical(logits.softmax(-1)), xt)
-    masked_again = (1 - kappa) * (1 - alpha_s)
-    stays_mask = 1 - (alpha_s - (1 - masked_again) * alpha_t) / (1 - alpha_t)
-    p_mask = torch.where(is_mask, stays_mask, masked_again)
-    return torch.where(torch.rand_like(xt, dtype=torch.float64) < p_mask, mask_id, x0)
+    p_again = (1 - kappa) * (1 - alpha_s)
+    u = torch.rand_like(xt, dtype=torch.float64)
+    stays_mask = u * (1 - alpha_t) < 1 - alpha_s - p_again * alpha_t
+    return torch.where(torch.where(is_mask, stays_mask, u < p_again), mask_id, x0)
 
 
 def top_p_filter(logits, top_p):

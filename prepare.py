@@ -45,7 +45,7 @@ max_docs = 0                  # stop after so many documents
 max_tokens = 0                # stop at so many training tokens
 CHECKS = [
     ('max_docs max_tokens', lambda v: 0 <= v < 2 ** 63, 'at least 0 and below 2^63'),
-    ('vocab_size', lambda v: 0 <= v < 2 ** 20, 'at least 0 and below 2^20'),
+    ('vocab_size', lambda v: 0 <= v < 999_999, 'at least 0 and below 999,999'),
     ('val_fraction', lambda v: 0 < v < 1, 'between 0 and 1'),
 ]
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens

@@ -52,13 +52,13 @@ TASKS = dict(
 seed = 1337
 # --- how: the samplers' options, also eval.py's settings and generate()'s keywords
 SAMPLER_OPTIONS = dict(
-    sampler='auto',          # 'ancestral', the paper's; 'psi' and, for a Duo, 'informed', which
+    sampler='auto',          # 'ancestral', the paper's; 'psi' (Duo, MDLM) and 'informed' (Duo)
                              # correct earlier tokens; 'auto': informed for a Duo, else ancestral
     steps=128,               # network calls; the last noise takes one more (AR: one a token)
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
     top_p=1.0,               # draw from the likeliest tokens that hold this probability
-    greedy=False,            # the greedy tail: the last call takes the likeliest tokens
-    psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published, at 256 steps:
+    greedy=False,            # of a Duo: the last call takes the likeliest tokens
+    psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published for a Duo, 256 steps:
     eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
     redraws=2.0,             # informed: how often a token is redrawn on average; more: less diverse
     alpha_min=0.8,           # informed: how clean a text it is taken for, at first
@@ -79,6 +79,11 @@ CHECKS = [
     ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
     ('seed', lambda v: 0 <= v < 2 ** 64, 'at least 0 and below 2^64'),
 ]
+EXCLUDED = dict(             # what an option does not go with
+    score='infill prompts prompt suffix length out html watch',
+    infill='prompts prompt suffix length',
+    prompts='prompt',
+)
 
 
 Loaded = namedtuple('Loaded', 'model tokenizer info')      # info: config.json's
@@ -175,6 +180,7 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
 
 
 SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler, informed=informed)
+MDLM_SAMPLERS = ['ancestral', 'psi']
 SAMPLER_CHECKS = [
     ('steps', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
     ('temperature redraws', lambda v: v > 1e-30, 'above 1e-30'),      # float32 has no less
@@ -242,9 +248,9 @@ def choose_sampler(info, options):
     objective = info['objective']
     if o['sampler'] == 'auto':
         o['sampler'] = 'informed' if objective == 'duo' else 'ancestral'
-    able = dict(duo=[*SAMPLERS], mdlm=['ancestral', 'psi'], ar=['ancestral'])[objective]
+    able = dict(duo=[*SAMPLERS], mdlm=MDLM_SAMPLERS, ar=['ancestral'])[objective]
     if o['sampler'] not in able:
-        raise UserError(f'--sampler={o["sampler"]} is not for this {objective} model, which has '
+        raise UserError(f'--sampler={o["sampler"]}: this {objective} model can use '
                         + ', '.join(able))
     if o['greedy'] and objective != 'duo':
         raise UserError(f'--greedy is for a Duo, not for this {objective} model')
@@ -326,13 +332,14 @@ def start_template(loaded, template, num_samples=1):
     encode = loaded.tokenizer.encode
     parts = re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)   # text and holes alternate
     texts = [encode(text) for text in parts[::2]]
-    holes = [int(hole) if hole.isdecimal() else len(encode(hole)) for hole in parts[1::2]]
+    # of a number, twelve digits are too many already
+    holes = [int(hole[:12]) if hole.isdecimal() else len(encode(hole)) for hole in parts[1::2]]
     if not sum(holes):
         raise UserError('no hole in the text: [[8]] is one of 8 tokens')
     if loaded.info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead: only diffusion models infill')
     text_length(loaded.info, sum(holes) + sum(map(len, texts)) + 2, num_samples)
-    ids = texts[0]
+    ids = [*texts[0]]
     for hole, text in zip(holes, texts[1:]):
         ids += [-1] * hole + text
     return fill_holes(loaded, [edge_tokens(loaded, ids)], num_samples)
@@ -359,6 +366,8 @@ def infill(loaded, template, num_samples=1, **options):
 def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
     informed sampler takes over: for a Duo."""
+    if loaded.info['objective'] != 'duo':
+        raise UserError('edit is for a Duo')
     alpha = 1 - strength
     row = edge_tokens(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
@@ -376,7 +385,8 @@ def score(loaded, texts, given='', suffix='', draws=32):
     NELBO, with noise on the text alone, from the same seeds for all texts."""
     encode = loaded.tokenizer.encode
     before, after = encode(given), encode(suffix)
-    with torch.random.fork_rng():                        # what is sampled next stays random
+    where = loaded.model.output_layer.linear.weight.device
+    with torch.random.fork_rng([where] if where.type == 'cuda' else []):   # leave the seed alone
         return score_rows(loaded, [(before, encode(text), after) for text in texts], draws)
 
 
@@ -492,6 +502,10 @@ def read_lines(path):
 def main():
     utf8 = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
     settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, utf8])
+    for one, others in EXCLUDED.items():
+        for other in others.split():
+            if settings[one] and settings[other]:
+                raise UserError(f'--{one} and --{other} do not go together')
     tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
     globals().update(settings)
     loaded = load(out_dir, device)
@@ -501,13 +515,8 @@ def main():
         with autocast:
             print_scores(loaded, read_lines(tasks['score']))
         return
-    if prompts and prompt:
-        raise UserError('--prompts and --prompt: give one of them')
-    if tasks['infill'] and (prompts or prompt or suffix or length):
-        raise UserError('--infill is the whole text: give no prompt, suffix or length with it')
     for path in filter(None, (html, out)):
-        if not Path(path).parent.is_dir():               # now, not after the sampling
-            raise UserError(f'there is no folder for {path}')
+        open(path, 'a').close()                          # it must not fail after the sampling
     lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
     if watch and not os.isatty(1):
         raise UserError('--watch draws on a terminal, not into a pipe or a file')

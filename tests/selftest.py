@@ -156,6 +156,7 @@ SAMPLERS = {
     'psi, nucleus': ('duo', dict(sampler='psi', top_p=0.9)),
     'greedy tail': ('duo', dict(sampler='ancestral', greedy=True, temperature=0.8)),
     'mdlm': ('mdlm', dict()),
+    'mdlm, psi': ('mdlm', dict(sampler='psi', psi='cap', top_p=0.9)),
     'ar': ('ar', dict()),
 }
 

@@ -270,6 +270,8 @@ def test_a_tokenizer(home, monkeypatch, name):
         assert decode(ids) == text == decode(np.array(ids, dtype=np.uint16))
     # 2. DECODING NEVER FAILS
     assert decode([]) == ''
+    mask = meta['vocab_size']                            # MDLM's
+    assert decode([*encode('so'), mask, mask]) == 'so__'
     for i in range(meta['vocab_size']):
         assert type(decode([i])) is str
     rng = np.random.default_rng(0)

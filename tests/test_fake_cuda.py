@@ -120,8 +120,8 @@ def test_an_evaluation_waits_once_at_its_end(gpu, kind, dtype):
     ('duo', dict(greedy=True, temperature=0.9)),
     ('duo', dict(sampler='psi', top_p=0.9)),
     ('duo', dict(sampler='psi', psi='cap')),
-    ('duo', dict(sampler='psi', psi='cap')),
     ('mdlm', dict(top_p=0.9)),
+    ('mdlm', dict(sampler='psi', psi='cap')),
     ('ar', dict())])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_a_sampler_does_not_wait_for_the_device(gpu, kind, options, dtype):

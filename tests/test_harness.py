@@ -114,7 +114,7 @@ def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypat
         dict(question='beyond the limit', choices=['no', 'yes'], answer=0),
     ]
     loaded = of_model(random_model(256, T=32), 'duo')
-    loaded = loaded._replace(tokenizer=load_tokenizer(dict(tokenizer='bytes', eos_id=0), ''))
+    loaded = loaded._replace(tokenizer=load_tokenizer(dict(tokenizer='bytes', vocab_size=256, eos_id=0), ''))
     seen = []
 
     def known_score(loaded, parts, draws):
@@ -159,7 +159,7 @@ def asked(*args):
 
 def test_long_contexts_lose_their_beginning_and_texts_end_at_a_stop():
     loaded = of_model(random_model(60, T=16, causal=True), 'ar')
-    tokenizer = load_tokenizer(dict(tokenizer='bytes', eos_id=59), '')
+    tokenizer = load_tokenizer(dict(tokenizer='bytes', vocab_size=256, eos_id=59), '')
     low = tokenizer._replace(encode=lambda text: [ord(c) % 50 for c in text])
     lm = harness.NanoDuo(loaded._replace(tokenizer=low), 4, dict(steps=4))
     (nats, _), = lm.loglikelihood(asked('a very long beginning', 'and end'))

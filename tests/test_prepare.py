@@ -432,7 +432,11 @@ def test_tokenizers_that_are_not_to_be_had(tmp_path):
                        ('half.json', 'half.json'), ('vocab.txt', 'vocab.txt'),
                        ('missing.json', 'missing.json'), ('words', 'give bytes, bpe')):
         fails(says, 'text.txt', '--tokenizer', name, cwd=tmp_path)
+
+
+def test_zeroshot_has_names_of_its_own(tmp_path):
     fails('--name', 'zeroshot', '--name', 'x', cwd=tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('part, value, says', [

@@ -301,14 +301,16 @@ def test_the_bias_of_many_places_and_of_informed_choice(n=20_000):
     assert 0.3 < one < 0.5
 
 
-@pytest.mark.parametrize('objective', ['duo', 'mdlm'])
-def test_denoise_keeps_what_is_given(objective):
+@pytest.mark.parametrize('objective, options', [
+    ('duo', dict()), ('mdlm', dict()),
+    ('duo', dict(sampler='psi', psi='cap', eta=1.0)), ('mdlm', dict(sampler='psi', psi='cap', eta=1.0))])
+def test_denoise_keeps_what_is_given(objective, options):
     loaded = of_model(random_model(6), objective)
     start = sample_prior(loaded.info, (400, 8))
     start[:, 0] = 3
     fixed = torch.zeros_like(start, dtype=torch.bool)
     fixed[:, 0] = True
-    frames = list(denoise(loaded, start, fixed, steps=20, sampler='ancestral'))
+    frames = list(denoise(loaded, start, fixed, steps=20, **dict(sampler='ancestral') | options))
     assert len(frames) == 21 and all((frame[:, 0] == 3).all() for frame in frames)
     assert (frames[-1] < loaded.info['data']['vocab_size']).all()        # no masks are left
     assert len(frames[-1][:, 1:].unique()) == loaded.info['data']['vocab_size']
@@ -439,7 +441,10 @@ def test_sample(work):
     (['--prompts=/dev/null'], ['/dev/null', 'lines']),
     (['--prompt=\udcff'], ['--prompt', 'UTF-8']),
     (['--prompts=tiny.txt', '--prompt=x'], ['--prompts', '--prompt']),
-    (['--infill=a [[2]] b', '--suffix=c'], ['--infill', 'suffix']),
+    (['--infill=a [[2]] b', '--suffix=c'], ['--infill', '--suffix']),
+    (['--score=tiny.txt', '--out=x'], ['--score', '--out']),
+    (['--infill=[[' + '9' * 5000 + ']]'], ['tokens are too many']),
+    (['--out=data', '--steps=1000000'], ['data']),
     (['--infill=[[999999999999]]'], ['tokens are too many']),
     (['--out=no/such/file', '--steps=1000000'], ['no/such/file']),   # before it samples
     (['--html=no/such/file', '--steps=1000000'], ['no/such/file']),

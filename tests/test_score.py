@@ -51,6 +51,13 @@ def test_the_bound_of_an_exact_network_is_the_likelihood(exact):
     assert ((nats + p.log()) * p).sum().abs() < 4 * error < 1.6
 
 
+def test_a_score_leaves_the_random_numbers_alone(exact):
+    score(exact, ['01', '22'])
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.rand(()) == after
+
+
 def test_the_bound_given_a_token_is_that_of_sampling_with_it(exact, steps=2000):
     """The chain of the second token's reverse steps, the first one fixed, by its matrices."""
     nats, errors = score(exact, ['0', '1', '2'], given='1', draws=2000)
