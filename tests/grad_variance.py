@@ -1,16 +1,17 @@
 """
-What the curriculum is for: the variance of the gradient, summed over all parameters, in a Duo run
-as it stands, with the curriculum's noise and with the discrete one. From the project's folder:
+What the curriculum is for: the variance of the gradient, summed over all parameters, with the
+curriculum's noise and with the discrete one, at each checkpoint of a Duo run (--keep_last=99 keeps
+all). From the project's folder:
 
-    PYTHONPATH=. python docs/grad_variance.py out
+    PYTHONPATH=. python tests/grad_variance.py out
 """
-import os
 import sys
+from pathlib import Path
 
 import torch
 
 import train
-from checkpoint import load_model, load_state
+from checkpoint import STATE, load_model, read_torch, step_files
 from data import epoch_rows, get_batch, load_data, num_rows
 from diffusion import nelbo, stratified_times
 
@@ -29,16 +30,20 @@ def gradient(model, step, i, meta, stream):
     return torch.cat([g.flatten().double() for g in grads])
 
 
-model, info = load_model(sys.argv[1])
-model.load_state_dict(load_state(sys.argv[1])['weights'])  # not their average
+folder = sys.argv[1]
+model, info = load_model(folder)
 model.requires_grad_(True)
 vars(train).update(info['settings'])
-meta, data = load_data(os.path.join(train.data_dir, train.dataset))
-for name, step in (('curriculum', 0), ('discrete', train.max_iters - 1)):
-    total, squares = 0, 0
-    for i in range(N):
-        g = gradient(model, step, i, meta, data['train'])
-        total += g
-        squares += g ** 2
-    variance = (squares - total ** 2 / N).sum() / (N - 1)
-    print(f'{name:<12} gradient variance {variance:.4f} ({N} x {train.batch_size} rows)')
+meta, data = load_data(Path(train.data_dir, train.dataset))
+for path in reversed(step_files(folder)):
+    model.load_state_dict(read_torch(path, STATE)['weights'])  # not their average
+    line = path.stem
+    for name, step in (('curriculum', 0), ('discrete', train.max_iters - 1)):
+        total, squares = 0, 0
+        for i in range(N):
+            g = gradient(model, step, i, meta, data['train'])
+            total += g
+            squares += g ** 2
+        variance = (squares - total ** 2 / N).sum() / (N - 1)
+        line += f', {name} {variance:.4f}'
+    print(f'{line} ({N} x {train.batch_size} rows)', flush=True)
