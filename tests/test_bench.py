@@ -99,8 +99,8 @@ def small(monkeypatch):
 def test_the_selftest_has_a_line_a_check_and_a_verdict(tmp_path, small):
     said = good(run_here(tmp_path, 'bench.py', '--selftest', '--device=cpu', '--dtype=bfloat16'))
     *lines, verdict = said.strip().splitlines()
-    assert len(lines) == 13 and all(' ok: ' in line for line in lines)
-    assert all(part in verdict for part in ('all 13 checks passed', 'cpu (', 'bfloat16', *VERDICT))
+    assert len(lines) == 14 and all(' ok: ' in line for line in lines)
+    assert all(part in verdict for part in ('all 14 checks passed', 'cpu (', 'bfloat16', *VERDICT))
     assert not list(tmp_path.iterdir())
 
 
