@@ -56,11 +56,12 @@ SAMPLER_OPTIONS = dict(
                              # correct earlier tokens; 'auto': informed for a Duo, else ancestral
     steps=128,               # network calls; the last noise takes one more (AR: one a token)
     temperature=1.0,         # of the network's softmax; below 1 is safer and duller
-    top_p=1.0,               # draw from the likeliest tokens that hold this probability
+    top_p=0.0,               # draw from the likeliest tokens that hold this probability; 0: 0.9 for
+                             # informed, else 1
     greedy=False,            # of a Duo: the last call takes the likeliest tokens
     psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published for a Duo, 256 steps:
     eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
-    redraws=2.0,             # informed: how often a token is redrawn on average; more: less diverse
+    redraws=1.5,             # informed: how often a token is redrawn on average; more: less diverse
     alpha_min=0.8,           # informed: how clean a text it is taken for, at first
     alpha_max=0.99,          # and at last
 )
@@ -184,7 +185,7 @@ MDLM_SAMPLERS = ['ancestral', 'psi']
 SAMPLER_CHECKS = [
     ('steps', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
     ('temperature redraws', lambda v: v > 1e-30, 'above 1e-30'),      # float32 has no less
-    ('top_p', lambda v: 1e-30 < v <= 1, 'above 1e-30 and at most 1'),
+    ('top_p', lambda v: v == 0 or 1e-30 < v <= 1, '0, or above 1e-30 and at most 1'),
     ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('alpha_min alpha_max', lambda v: 1e-30 < v < 1, 'above 1e-30 and below 1'),
     ('sampler', lambda v: v in ['auto', *SAMPLERS], 'auto, ' + ', '.join(SAMPLERS)),
@@ -252,6 +253,8 @@ def choose_sampler(info, options):
     if o['sampler'] not in able:
         raise UserError(f'--sampler={o["sampler"]}: this {objective} model can use '
                         + ', '.join(able))
+    if not o['top_p']:
+        o['top_p'] = 0.9 if o['sampler'] == 'informed' else 1.0
     if o['greedy'] and objective != 'duo':
         raise UserError(f'--greedy is for a Duo, not for this {objective} model')
     return o
@@ -259,9 +262,9 @@ def choose_sampler(info, options):
 
 def describe_sampler(options):
     """The sampler chosen, and the options that differ from the default ones, in a few words."""
+    plain = SAMPLER_OPTIONS | dict(sampler=options['sampler'], steps=options['steps'], top_p=1.0)
     return ', '.join([options['sampler']] + [
-        f'{name} {value}' for name, value in options.items()
-        if value != SAMPLER_OPTIONS[name] and name not in ('sampler', 'steps')])
+        f'{name} {value}' for name, value in options.items() if value != plain[name]])
 
 # --------------------------------------------------------------------------------------------------
 # texts

@@ -17,7 +17,7 @@ from diffusion import categorical, gibbs_step, noise_schedule
 from helpers import good, one_line, run, run_here, run_on_terminal
 from literal import posterior
 from model import DiT, DiTConfig
-from sample import (SAMPLER_OPTIONS, Loaded, choose_sampler, denoise, describe_sampler, generate,
+from sample import (Loaded, choose_sampler, denoise, describe_sampler, generate,
                     load, psi_kappas, sample_prior, watched)
 
 
@@ -145,7 +145,7 @@ def unmasking(p, alpha_s, alpha_t, kappa):
     ('duo', dict(sampler='psi', psi='cap', eta=0.3)),
     ('duo', dict(sampler='psi', psi='rescale', eta=0.7, temperature=2.0)),
     ('duo', dict(sampler='psi', psi='cap', eta=0.05, temperature=0.7)),
-    ('duo', dict(sampler='informed', temperature=2.0)),
+    ('duo', dict(sampler='informed', temperature=2.0, top_p=1.0)),
     ('duo', dict(sampler='informed', temperature=3.0, top_p=0.7)),
     ('mdlm', dict(temperature=0.5)),
     ('mdlm', dict(temperature=2.0, top_p=0.7)),
@@ -155,7 +155,7 @@ def test_whole_runs_have_the_frequencies_of_the_matrices(objective, options, n=6
     """How often a token takes each path from noise to text: temperature, nucleus and kappa must
     all reach the draw."""
     options = dict(sampler='ancestral') | options
-    o = SAMPLER_OPTIONS | options
+    o = choose_sampler(dict(objective=objective), options)
     logits = torch.tensor([0.9, 0.0, -0.6])
     p = (logits.double() / o['temperature']).softmax(-1)
     if o['top_p'] < 1:
@@ -269,7 +269,8 @@ def test_a_place_is_redrawn_so_often_and_only_if_it_is_free(T=100, K=50):
     loaded = loaded_spy(torch.zeros(K))
     start = sample_prior(loaded.info, (20, T))
     fixed = (torch.arange(T) % 2 == 0).expand(20, T)
-    frames = [start, *denoise(loaded, start, fixed, steps=20, sampler='informed', redraws=3.0)]
+    frames = [start, *denoise(loaded, start, fixed, steps=20, sampler='informed', redraws=3.0,
+                              top_p=1.0)]
     changes = sum((a != b).float() for a, b in zip(frames, frames[1:-1]))     # not the last call
     assert (changes[fixed] == 0).all()
     assert changes[~fixed].mean().item() == pytest.approx(3 * (1 - 1 / K), abs=0.3)
@@ -292,7 +293,7 @@ def test_the_bias_of_many_places_and_of_informed_choice(n=20_000):
     loaded = Loaded(Exact(DATA), None, dict(objective='duo', data=dict(vocab_size=3)))
 
     def bias(**options):
-        x = last_of(denoise(loaded, sample_prior(loaded.info, (n, 2)), **options))
+        x = last_of(denoise(loaded, sample_prior(loaded.info, (n, 2)), top_p=1.0, **options))
         return distance(torch.tensor(pairs_of(x)), DATA.flatten())
     both = bias(steps=16, sampler='informed', redraws=32.0)
     one = bias(steps=16, sampler='informed', redraws=4.0)
@@ -365,7 +366,7 @@ def test_three_lines_in_a_notebook(work):
     ((), dict(temperature=1e-40), ['temperature']),      # zero, to float32
     ((), dict(top_p=1e-40), ['top_p']),
     ((), dict(alpha_min=1e-300), ['alpha_min']),
-    ((), dict(top_p=0.0), ['top_p']),
+    ((), dict(top_p=-0.1), ['top_p']),
     ((), dict(eta=2), ['eta']),
     ((), dict(steps=0), ['steps', 'from 1']),
     ((), dict(sampler='commit'), ['commit', 'auto, ancestral, psi, informed']),
@@ -397,10 +398,11 @@ def test_what_a_baseline_cannot_do():
 
 
 @pytest.mark.parametrize('objective, options, words', [
-    ('duo', dict(steps=9), 'informed'),
+    ('duo', dict(steps=9), 'informed, top_p 0.9'),
+    ('duo', dict(top_p=1.0), 'informed'),
     ('duo', dict(sampler='ancestral'), 'ancestral'),
     ('duo', dict(sampler='psi', top_p=0.9), 'psi, top_p 0.9'),
-    ('duo', dict(greedy=True, redraws=4.0), 'informed, greedy True, redraws 4.0'),
+    ('duo', dict(greedy=True, redraws=4.0), 'informed, top_p 0.9, greedy True, redraws 4.0'),
     ('mdlm', dict(), 'ancestral'),
     ('mdlm', dict(sampler='psi'), 'psi'),
     ('ar', dict(temperature=0.9), 'ancestral, temperature 0.9')])
