@@ -376,7 +376,9 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
     x0, fixed = fill_holes(loaded, [row], num_samples)
     fixed[:, 1:-1] = False
     xt = torch.where(fixed, x0, q_sample(x0, alpha, loaded.info['data']['vocab_size']))
-    options = dict(sampler='informed', alpha_min=alpha, alpha_max=max(alpha, 0.99)) | options
+    # a top-p would replace every token that is not among the likeliest
+    options = dict(sampler='informed', top_p=1.0, alpha_min=alpha,
+                   alpha_max=max(alpha, 0.99)) | options
     return sample_texts(loaded, xt, fixed, **options)
 
 # --------------------------------------------------------------------------------------------------
