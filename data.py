@@ -10,6 +10,7 @@ and val.bytes: how many bytes of the text each token of the vocabulary stands fo
 """
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -53,12 +54,18 @@ def load_tokenizer(meta, folder):
                                          meta.get('tokenizer_sha256'))
     hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
 
+    def decode_document(ids):
+        shown = [i for i in ids.tolist() if i not in hidden]
+        text = ''
+        for is_token, run in itertools.groupby(shown, lambda i: i < meta['vocab_size']):
+            run = list(run)
+            text += decode(run) if is_token else '_' * len(run)  # MDLM's mask is no token
+        return text
+
     def decode_documents(ids):
-        # MDLM's mask, which is beyond the vocabulary, is shown as _
-        ids = np.where(np.less(ids, meta['vocab_size']), ids, encode('_')[0])
+        ids = np.asarray(ids)
         documents = np.split(ids, np.flatnonzero(ids == eos))  # all but the first begin with eos
-        return '\n\n'.join(decode([i for i in document.tolist() if i not in hidden])
-                           for document in documents)
+        return '\n\n'.join(map(decode_document, documents))
 
     return Tokenizer(encode, decode_documents, size)
 

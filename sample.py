@@ -384,7 +384,7 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
 # --------------------------------------------------------------------------------------------------
 # how likely a text is
 
-def score(loaded, texts, given='', suffix='', draws=32):
+def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     """Nats of each of the texts between given and suffix, and their standard errors: two (N,)
     float64. Exact for AR (suffix is not used), else an upper bound: the mean of some draws of the
     NELBO, with noise on the text alone, from the same seeds for all texts."""
@@ -392,7 +392,8 @@ def score(loaded, texts, given='', suffix='', draws=32):
     before, after = encode(given), encode(suffix)
     where = loaded.model.output_layer.linear.weight.device
     with torch.random.fork_rng([where] if where.type == 'cuda' else []):   # leave the seed alone
-        return score_rows(loaded, [(before, encode(text), after) for text in texts], draws)
+        parts = [(before, encode(text), after) for text in texts]
+        return score_rows(loaded, parts, draws, seed)
 
 
 def equally_long(rows, max_tokens=SCORED_TOKENS):
@@ -407,7 +408,7 @@ def equally_long(rows, max_tokens=SCORED_TOKENS):
 
 
 @torch.no_grad()
-def score_rows(loaded, parts, draws=32):
+def score_rows(loaded, parts, draws=32, seed=1337):
     """The same for lists of ids: parts holds (before, text, after) for each row, without edges."""
     model, _, info = loaded
     objective = info['objective']
@@ -424,7 +425,7 @@ def score_rows(loaded, parts, draws=32):
             is_fixed[:, begin:begin + len(text)] = False
         t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
         nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
-                         n * [*range(draws)], fixed)
+                         n * [*range(seed, seed + draws)], fixed)
         nats = nats.double().masked_fill(fixed[:, -nats.size(1):], 0)
         sums[indices] = nats.sum(-1).view(n, draws).cpu()
     return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)

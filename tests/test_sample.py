@@ -303,8 +303,10 @@ def test_the_bias_of_many_places_and_of_informed_choice(n=20_000):
 
 
 @pytest.mark.parametrize('objective, options', [
-    ('duo', dict()), ('mdlm', dict()),
-    ('duo', dict(sampler='psi', psi='cap', eta=1.0)), ('mdlm', dict(sampler='psi', psi='cap', eta=1.0))])
+    ('duo', dict()),
+    ('mdlm', dict()),
+    ('duo', dict(sampler='psi', psi='cap', eta=1.0)),
+    ('mdlm', dict(sampler='psi', psi='cap', eta=1.0))])
 def test_denoise_keeps_what_is_given(objective, options):
     loaded = of_model(random_model(6), objective)
     start = sample_prior(loaded.info, (400, 8))

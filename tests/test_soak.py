@@ -2,7 +2,6 @@
 import json
 import re
 
-
 from helpers import TINY, checkpoint, good, log, project_with, run, run_here, run_ranks
 
 QUICK = [*TINY, '--num_samples=0']
