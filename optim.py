@@ -19,7 +19,8 @@ def orthogonalise(x):
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
 
 
