@@ -237,10 +237,11 @@ def load_model(where, device='cpu'):
     folder = fetch(where)
     info = read_config(folder)
     if not has_entries(info, INFO):
-        raise UserError(
-            f'no model of nanoDuo in {where}: run train.py first, or name another folder; one in '
-            f"the authors' format is converted first: python convert.py {where} "
-            f'out-{Path(where).stem.removeprefix("hf:")}')
+        advice = 'run train.py first, or name another folder'
+        if folder.exists():
+            advice += (f"; one in the authors' format is converted first: python convert.py {where} "
+                       f'out-{Path(where).stem.removeprefix("hf:")}')
+        raise UserError(f'no model of nanoDuo in {where}: {advice}')
     weights, header = read_weights(folder / 'model.safetensors')
     model = build_model(info, weights, where)
     if header.get('sha256') not in (None, checksum(weights, info)):

@@ -136,8 +136,8 @@ def load_data(folder):
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): make '
-                        f'it with python prepare.py {folder.name}, as the first lines of a config '
-                        'file say, or from text of yours (prepare.py --help)') from None
+                        'it with prepare.py, as the first lines of the config file say, or as '
+                        'prepare.py --help says') from None
 
 
 def token_dtype(vocab_size):

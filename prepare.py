@@ -321,7 +321,8 @@ def train_bpe(texts, vocab_size, path):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size or min(VOCAB_SIZE, max(512, size // 256)),
         special_tokens=['<|endoftext|>'],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())   # so that any text can be spelled
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),   # so that any text can be spelled
+        show_progress=sys.stderr.isatty())
     # in parts: learning from a long word, such as a genome, takes time by its length squared
     bpe.train_from_iterator((part for text in taught for line in LINE_ENDS.split(text)
                              for part in re.findall('(?s).{1,9999}', line)), trainer)
@@ -496,6 +497,8 @@ def main():
         meta = prepare(sources, **settings)
         print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '
               f'on, {meta["val_tokens"]:,} to validate')
+        if 0 < meta['train_tokens'] < meta['val_tokens']:
+            print('warning: most of the text validates, as whole files do: join them into one')
 
 
 if __name__ == '__main__':

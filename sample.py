@@ -4,7 +4,7 @@ Denoise text out of pure noise, all tokens at once, with a model that train.py l
     python sample.py --steps 8                       # 8 network calls, and one for the last noise
     python sample.py --prompt "def main():" --watch  # go on from a prompt; watch it denoise
     python sample.py --prompt "def f(x):" --suffix "    return y"    # fill in between the two
-    python sample.py --infill "for [[2]] in range([[3]]):"           # fill holes of so many tokens
+    python sample.py --infill "for[[2]] in range([[3]]):"            # fill holes of so many tokens
     python sample.py --prompts lines.txt --out texts.jsonl           # a prompt a line, JSON lines
     python sample.py --score lines.txt               # how likely each line of a file is
     python sample.py --html denoising.html           # a page with a slider over the steps
@@ -15,6 +15,7 @@ or, in a notebook (generate, infill, edit, score, token_probs):
     model = load('out')
     print(generate(model, 'def main():', steps=32)[0])
 """
+import inspect
 import json
 import math
 import os
@@ -253,6 +254,10 @@ def choose_sampler(info, options):
     if o['sampler'] not in able:
         raise UserError(f'--sampler={o["sampler"]}: this {objective} model can use '
                         + ', '.join(able))
+    for name in options:
+        takers = [key for key, fn in SAMPLERS.items() if name in inspect.signature(fn).parameters]
+        if takers and o['sampler'] not in takers and o[name] != SAMPLER_OPTIONS[name]:
+            raise UserError(f'--{name} is for --sampler={takers[0]}, not for {o["sampler"]}')
     if not o['top_p']:
         o['top_p'] = 0.9 if o['sampler'] == 'informed' else 1.0
     if o['greedy'] and objective != 'duo':
@@ -348,10 +353,21 @@ def start_template(loaded, template, num_samples=1):
     return fill_holes(loaded, [edge_tokens(loaded, ids)], num_samples)
 
 
+def decode_rows(loaded, xt):
+    """The texts of xt (B,T), without the begin and the end token of each."""
+    data = loaded.info['data']
+    texts = []
+    for row in xt.tolist():
+        first = 1 if row[0] == data['bos_id'] else 0
+        last = -1 if row[-1] == data['eos_id'] else None
+        texts.append(loaded.tokenizer.decode(row[first:last]))
+    return texts
+
+
 def sample_texts(loaded, xt, fixed, **options):
     for xt in denoise(loaded, xt, fixed, **options):
         pass
-    return [loaded.tokenizer.decode(row) for row in xt.tolist()]
+    return decode_rows(loaded, xt)
 
 
 def generate(loaded, prompt='', num_samples=1, suffix='', length=0, **options):
@@ -544,7 +560,7 @@ def main():
             frames += denoising
         calls += len(frames) - 1
         xt = frames[-1]
-        texts += [loaded.tokenizer.decode(row) for row in xt.tolist()]
+        texts += decode_rows(loaded, xt)
     seconds = time.time() - began
 
     if html:
