@@ -3,7 +3,7 @@ Speed and memory on this machine, and the plan of a whole run. Takes train.py's 
 
     python bench.py --plan config/owt_duo.py --gpus=8 --price_per_hour=20  # hours, memory, price
     python bench.py config/owt_duo.py --gpu=h100       # the same, simulated: no such GPU is needed
-    python bench.py --selftest                         # is all right on this device? a minute
+    python bench.py --selftest                         # is all right on this device?
     python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas as they read, and ours
     python bench.py --n_layer=4 --n_embd=256 --vocab_size=50257            # the same on a laptop
 

@@ -1,4 +1,4 @@
-"""python bench.py --selftest: is everything right on this device? In about a minute, training,
+"""python bench.py --selftest: is everything right on this device? In some minutes, training,
 validation and samples in the device's number format, compiled and not, are compared with float32 in
 eager mode on the CPU: a line for each check, and a verdict to paste into an issue."""
 import copy
