@@ -156,8 +156,8 @@ def main():
     settings = configure(vars(train) | globals(), CHECKS)
     globals().update(settings)
     vars(train).update(settings)
-    here = pick_device(train.device)
-    dtype_name, autocast = pick_dtype(train.dtype, here)
+    dev = pick_device(train.device)
+    dtype_name, autocast = pick_dtype(train.dtype, dev)
     torch.set_float32_matmul_precision('high')
     sys.path.append(f'{os.path.dirname(__file__)}/tests')
     bench = sys.modules[__name__]
@@ -165,13 +165,13 @@ def main():
         from fake_cuda import simulate
         simulate(bench)
     elif plan:
-        plan_run(here, dtype_name, autocast)
+        plan_run(dev, dtype_name, autocast)
     elif selftest:
         from selftest import check_all
-        check_all(here, dtype_name)
+        check_all(dev, dtype_name)
     else:
         from literal import compare
-        compare(bench, here, autocast)
+        compare(bench, dev, autocast)
 
 
 if __name__ == '__main__':

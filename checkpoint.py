@@ -239,8 +239,8 @@ def load_model(where, device='cpu'):
     if not has_entries(info, INFO):
         advice = 'run train.py first, or name another folder'
         if folder.exists():
-            advice += (f"; one in the authors' format is converted first: python convert.py {where} "
-                       f'out-{Path(where).stem.removeprefix("hf:")}')
+            advice += ("; one in the authors' format is converted first: "
+                       f'python convert.py {where} out-{Path(where).stem.removeprefix("hf:")}')
         raise UserError(f'no model of nanoDuo in {where}: {advice}')
     weights, header = read_weights(folder / 'model.safetensors')
     model = build_model(info, weights, where)
@@ -301,7 +301,7 @@ def append_log(file, record):
     """One JSON line: a number that is not finite is null."""
     line = {name: None if type(value) is float and not math.isfinite(value) else value
             for name, value in record.items()}
-    print(json.dumps(line), file=file)                   # print() bears a console that is closed
+    print(json.dumps(line), file=file)                   # unlike write(), it bears a closed console
 
 
 def check_resume(out_dir, state, settings, config, token_files):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-# The scripts import this file first: Ctrl-C while they load torch is no traceback.
+# The scripts import this file first: until main() runs, Ctrl-C ends them without a traceback.
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(__file__):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -37,9 +37,10 @@ def stratified_times(u, first, count, total, device='cpu'):
     return (u + i.unsqueeze(-1)) / total % 1                         # (B,1)
 
 
-def noise_schedule(t, dtype=torch.float64, eps=1e-3):
-    """alpha(t) and its time derivative: the log-linear schedule, alpha = 1 - (1 - eps) t."""
-    return (1 - (1 - eps) * t).to(dtype), torch.full_like(t, eps - 1, dtype=dtype)
+def noise_schedule(t, eps=1e-3):
+    """alpha(t) and its time derivative, of t's shape, for float64 times: the log-linear schedule,
+    alpha = 1 - (1 - eps) t."""
+    return 1 - (1 - eps) * t, torch.full_like(t, eps - 1)
 
 
 def transform(gamma, vocab_size):
@@ -199,7 +200,7 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     """
     K = logits.size(-1)
     p = logits.softmax(-1, dtype=float32_at_least(logits))
-    low = 1 - alpha                      # in alpha's own precision: near alpha = 1 digits would go
+    low = 1 - alpha                      # in float64: near alpha = 1 float32 loses digits
     high = K * alpha + low               # K q(xt|x0) is high where xt is x0, else low
     alpha, dalpha, low, high, ratio = (
         v.unsqueeze(-1).to(p.dtype) for v in (alpha, dalpha, low, high, low / high))  # (...,1)
@@ -386,7 +387,7 @@ def token_nll(model, x0, t, vocab_size, objective, seeds, fixed=None):
     seeds and fixed are not used. fixed (B,T) bool: tokens that get no noise."""
     if objective == 'ar':
         return ar_nll(model, x0)
-    alpha, dalpha = noise_schedule(t, torch.float32)
+    alpha, dalpha = noise_schedule(t)
     rows = []
     for i, seed in enumerate(seeds):                     # the noise of a row is its own, whatever
         torch.manual_seed(seed)                          # batch it comes in
@@ -405,8 +406,9 @@ def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None,
     stratified times over [0,1] and noise that are the same on every call.
 
     get_rows(numbers) -> x0 (B,T) on the device. The ranks share the batches, and all get the whole.
-    Tokens that are pad_id are not scored; rows with such are given linearised: the mean of what
-    returns is all losses over all scored tokens, and its error is that of this ratio.
+    Tokens that are pad_id are not scored. With such the metric is a ratio, the sum of all losses
+    over the number of scored tokens, and a row's value is its share of it, linearised: the mean of
+    the values is the ratio, and their standard error is the ratio's (the delta method).
     """
     result = torch.zeros(2, n, dtype=torch.float64, device=device)
     batches = range(rank * batch_size, n, world * batch_size)

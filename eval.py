@@ -27,7 +27,7 @@ from configurator import UserError, configure, progress, run
 import numpy as np
 import torch
 
-from checkpoint import append_log, load_model, read_config
+from checkpoint import append_log, fetch, load_model, read_config
 from data import (get_batch, get_rows, likelihood_figures, load_data, num_rows,
                   tokenizer_difference)
 from device import pick_device, pick_dtype, start_distributed
@@ -218,7 +218,7 @@ def judge_samples(loaded, autocast):
     T = text_length(info, length, num_samples)
     vocab_size = info['data']['vocab_size']
     trials = sampling_trials(info, T)
-    if 'objective' in read_config(gen_ppl):              # a folder of ours
+    if 'objective' in read_config(fetch(gen_ppl)):       # a folder of ours, or hf:org/name
         judge = our_judge(gen_ppl, info, device)
     else:
         judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)

@@ -11,7 +11,7 @@ from lm_eval.utils import make_table
 
 from configurator import UserError
 from diffusion import per_token
-from sample import edge_tokens, equally_long, fill_holes, generate, score_rows
+from sample import equally_long, fill_holes, generate, score_rows, with_bos_eos
 
 
 class NanoDuo(LM):
@@ -52,7 +52,7 @@ class NanoDuo(LM):
         if info['objective'] != 'ar':
             return greedy
         likeliest = lambda logits: logits.argmax(-1)
-        rows = [edge_tokens(self.loaded, context + answer) for context, answer, _ in parts]
+        rows = [with_bos_eos(self.loaded, context + answer) for context, answer, _ in parts]
         for indices in equally_long(rows):
             x, _ = fill_holes(self.loaded, [rows[i] for i in indices])
             best = per_token(model, x, None, likeliest, [])                                  # (n,T)

@@ -59,8 +59,8 @@ def draw_curve(out_dirs):
     ax.plot(*columns(records, 'step', 'loss'), label='training loss, raw weights')
     ax.errorbar(*columns(records, 'step', 'val_loss', 'val_error'), marker='o',
                 label='validation: NELBO (AR: NLL), EMA weights')
-    if settings['objective'] == 'duo':
-        end = settings['curriculum_frac'] * settings['max_iters']
+    end = settings['curriculum_frac'] * settings['max_iters']
+    if settings['objective'] == 'duo' and end:
         ax.axvline(end, label='end of the curriculum', color='gray')
     ax.set(xlabel='step', ylabel='nats per token')
     ax.legend()

@@ -52,8 +52,8 @@ VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer to
 LEARN_FROM = 100_000_000      # characters of the training text that teach a BPE
 RECORD = 2 ** 26              # characters: a longer line is no record
 PIECE = 2 ** 14               # characters: a longer text is tokenised in pieces
-ROWS = 16                     # pieces that a thread is given at a time
-AHEAD = 32                    # such helpings that may wait
+BATCH = 16                    # pieces in a task of the thread pool
+QUEUE = 32                    # tasks that may wait
 PARTS = ('train', 'val')
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
@@ -182,7 +182,7 @@ def detokenise(text, kind):
 # --------------------------------------------------------------------------------------------------
 # documents: each is a pair (does it validate?, its text)
 
-def read_rows(path, key):
+def read_records(path, key):
     """Yield the records of a file; of one that is all text, a record with the text under the key,
     without a byte-order mark; line ends become \n."""
     if path.endswith('.parquet'):
@@ -211,9 +211,10 @@ def read_texts(paths, key):
     for path in paths:
         number = 0
         try:
-            for row in read_rows(path, key):
+            for record in read_records(path, key):
                 number += 1
-                yield row[key].encode(errors='replace').decode()  # JSON may hold half a character
+                # JSON may hold half a character
+                yield record[key].encode(errors='replace').decode()
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(f'{path}: no UTF-8 text under {key!r} (--text_key) after record '
                             f'{number}: {type(error).__name__}: {error!s:.200}')
@@ -222,12 +223,6 @@ def read_texts(paths, key):
 def hash_share(key):
     """A number in [0, 1) made from the key alone: no other document changes it."""
     return int(hashlib.sha256(os.fsencode(key)).hexdigest()[:8], 16) / 2**32
-
-
-def number_validates(texts, val_fraction):
-    """Documents of texts: a hash of its number decides which split each is of."""
-    for number, text in enumerate(texts):
-        yield hash_share(str(number)) < val_fraction, text
 
 
 def end_validates(text, val_fraction):
@@ -282,10 +277,10 @@ def hub_files(repo, pattern):
                         'HF_ENDPOINT')
 
 
-def read_documents(row, files, val_fraction, max_docs):
-    """Documents of a set, by a row as in SETS: of the hub, or of files {name: path}. What validates
-    by itself is never shortened; of several texts, neither split stays empty."""
-    repo, train, val, column, *_, total, _ = row
+def read_documents(rules, files, val_fraction, max_docs):
+    """Documents of a set, by its rules as in SETS: of the hub, or of files {name: path}. What
+    validates by itself is never shortened; of several texts, neither split stays empty."""
+    repo, train, val, column, *_, total, _ = rules
     paths = hub_files(repo, train) if repo else files.values()
     texts = islice(read_texts(paths, column), max_docs or None)
     if '*' in val:
@@ -296,7 +291,8 @@ def read_documents(row, files, val_fraction, max_docs):
         first = total - min(total // 10, 100_000)
         return ((number >= first, text) for number, text in enumerate(texts))
     if repo or any(name.endswith(RECORDS) for name in files):
-        return number_validates(texts, val_fraction)
+        return ((hash_share(str(number)) < val_fraction, text)
+                for number, text in enumerate(texts))
     if len(files) == 1:
         return end_validates(*texts, val_fraction)
     ranked = sorted(map(hash_share, files))
@@ -371,9 +367,9 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
 # --------------------------------------------------------------------------------------------------
 # documents -> pieces of text -> tokens -> token files
 
-def pieces(documents, length):
-    """Yield rows: text, does it end a document?, does it validate? A document longer than length is
-    cut between lines, where no tokenizer joins anything."""
+def cut_documents(documents, length):
+    """Yield pieces: text, does it end a document?, does it validate? A document longer than length
+    is cut between lines, where no tokenizer joins anything."""
     for val, text in documents:
         start, safe = 0, True
         while safe:
@@ -383,27 +379,27 @@ def pieces(documents, length):
             start = end
 
 
-def in_threads(function, rows):
-    """Yield function(row) of each row, in order; few rows are in memory. Threads suffice, as the
+def in_threads(function, pieces):
+    """Yield function(piece) of each, in order; few are in memory. Threads suffice, as the
     tokenizers release the interpreter's lock."""
-    many = lambda some: [function(row) for row in some]
+    many = lambda some: [function(piece) for piece in some]
     waiting = deque()
     with ThreadPoolExecutor() as pool:
-        while some := list(islice(rows, ROWS)):
+        while some := list(islice(pieces, BATCH)):
             waiting.append(pool.submit(many, some))
-            if len(waiting) > AHEAD:
+            if len(waiting) > QUEUE:
                 yield from waiting.popleft().result()
         for future in waiting:
             yield from future.result()
 
 
-def write_tokens(folder, rows, sizes, max_tokens, meta):
-    """Write the token files of both splits, and their counts into meta. sizes: bytes of each token.
-    The document that reaches max_tokens is cut there."""
+def write_tokens(folder, pieces, sizes, max_tokens, meta):
+    """Write the token files of both splits, and their counts into meta. pieces: of encode_piece;
+    sizes: bytes of each token. The document that reaches max_tokens is cut there."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
     counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
-    for ends, val, size, ids in progress(rows, 'tokenising'):
+    for ends, val, size, ids in progress(pieces, 'tokenising'):
         part = int(val)
         if max_tokens and not val:
             kept = ids[:max_tokens - counts[0, 0]]
@@ -435,16 +431,18 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
     the place of something else."""
     # 1. WHERE the documents come from, and the rules
     source = paths[0]
-    row = SETS.get(source, ['', '', 'some', text_key, 'bpe', 'packed', '-', 0, 0])
+    rules = SETS.get(source, ['', '', 'some', text_key, 'bpe', 'packed', '-', 0, 0])
     if source.startswith('hf:'):
-        row[:2] = re.fullmatch('hf:([^/]*/?[^/]*)/?(.*)', source).groups()
-    repo, _, val, _, usual, rule, detokeniser, _, _ = row
+        rules[:2] = re.fullmatch('hf:([^/]*/?[^/]*)/?(.*)', source).groups()
+    repo, _, val, _, usual, rule, detokeniser, _, _ = rules
+    if repo and paths[1:]:
+        raise UserError(f'{source} is a whole data set: prepare {paths[1]} by another command')
     if val == 'last' and max_tokens:
         raise UserError(f'the last documents of {source} validate: limit it by --max_docs')
     files = {}
     if not repo:
         files = find_files(stdlib_files() if paths == ['stdlib'] else paths, text_key)
-    documents = lambda: read_documents(row, files, val_fraction, max_docs)
+    documents = lambda: read_documents(rules, files, val_fraction, max_docs)
     name = name or Path(source).resolve().name.split('.')[0]
     if not re.fullmatch(r'[^./*][^/*]*', name):
         raise UserError(f'{name!r} will not do as the name of a data set: choose another --name')
@@ -464,19 +462,19 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         encode, _, size_of = load_tokenizer(meta, new)
         dtype = token_dtype(meta['vocab_size'])
 
-        def encode_row(row):
+        def encode_piece(piece):
             """-> does it end a document?, does it validate?, its bytes, its tokens."""
-            text, ends, val = row
+            text, ends, val = piece
             text = detokenise(text, detokeniser)
             eos = [meta['eos_id']] if ends and rule == 'packed' else []
             size = len(text.encode()) + (ends and rule != 'joined')  # a document's end is a byte
             return ends, val, size, np.array(encode(text) + eos, dtype)
 
         length = PIECE if detokeniser == '-' else sys.maxsize       # rules look across any place
-        rows = in_threads(encode_row, pieces(documents(), length))
+        encoded = in_threads(encode_piece, cut_documents(documents(), length))
         sizes = np.array([size_of(i) for i in range(meta['vocab_size'])])
         sizes[meta['eos_id']] = 1
-        write_tokens(new, rows, sizes, max_tokens, meta)
+        write_tokens(new, encoded, sizes, max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
         os.sync()                                                   # a machine may die, too
         new.rename(target)
@@ -497,8 +495,6 @@ def main():
         meta = prepare(sources, **settings)
         print(f'{settings["data_dir"]}/{meta["name"]}: {meta["train_tokens"]:,} tokens to train '
               f'on, {meta["val_tokens"]:,} to validate')
-        if 0 < meta['train_tokens'] < meta['val_tokens']:
-            print('warning: most of the text validates, as whole files do: join them into one')
 
 
 if __name__ == '__main__':

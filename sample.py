@@ -182,10 +182,9 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
 
 
 SAMPLERS = dict(ancestral=ancestral, psi=psi_sampler, informed=informed)
-MDLM_SAMPLERS = ['ancestral', 'psi']
 SAMPLER_CHECKS = [
     ('steps', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
-    ('temperature redraws', lambda v: v > 1e-30, 'above 1e-30'),      # float32 has no less
+    ('temperature redraws', lambda v: v > 1e-30, 'above 1e-30'),      # or float32 overflows
     ('top_p', lambda v: v == 0 or 1e-30 < v <= 1, '0, or above 1e-30 and at most 1'),
     ('eta', lambda v: 0 <= v <= 1, 'from 0 to 1'),
     ('alpha_min alpha_max', lambda v: 1e-30 < v < 1, 'above 1e-30 and below 1'),
@@ -250,7 +249,7 @@ def choose_sampler(info, options):
     objective = info['objective']
     if o['sampler'] == 'auto':
         o['sampler'] = 'informed' if objective == 'duo' else 'ancestral'
-    able = dict(duo=[*SAMPLERS], mdlm=MDLM_SAMPLERS, ar=['ancestral'])[objective]
+    able = dict(duo=[*SAMPLERS], mdlm=['ancestral', 'psi'], ar=['ancestral'])[objective]
     if o['sampler'] not in able:
         raise UserError(f'--sampler={o["sampler"]}: this {objective} model can use '
                         + ', '.join(able))
@@ -328,7 +327,7 @@ def fill_holes(loaded, rows, num_samples=1):
     return xt.to(device), fixed.to(device)
 
 
-def edge_tokens(loaded, ids):
+def with_bos_eos(loaded, ids):
     """A row as in training: bos, the ids, eos."""
     data = loaded.info['data']
     return [data['bos_id'], *ids, data['eos_id']]
@@ -350,7 +349,7 @@ def start_template(loaded, template, num_samples=1):
     ids = [*texts[0]]
     for hole, text in zip(holes, texts[1:]):
         ids += [-1] * hole + text
-    return fill_holes(loaded, [edge_tokens(loaded, ids)], num_samples)
+    return fill_holes(loaded, [with_bos_eos(loaded, ids)], num_samples)
 
 
 def decode_rows(loaded, xt):
@@ -388,7 +387,7 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
     if loaded.info['objective'] != 'duo':
         raise UserError('edit is for a Duo')
     alpha = 1 - strength
-    row = edge_tokens(loaded, loaded.tokenizer.encode(text))
+    row = with_bos_eos(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
     fixed[:, 1:-1] = False
     xt = torch.where(fixed, x0, q_sample(x0, alpha, loaded.info['data']['vocab_size']))
@@ -406,8 +405,8 @@ def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     NELBO, with noise on the text alone, from the same seeds for all texts."""
     encode = loaded.tokenizer.encode
     before, after = encode(given), encode(suffix)
-    where = loaded.model.output_layer.linear.weight.device
-    with torch.random.fork_rng([where] if where.type == 'cuda' else []):   # leave the seed alone
+    dev = loaded.model.output_layer.linear.weight.device
+    with torch.random.fork_rng([dev] if dev.type == 'cuda' else []):   # leave the seed alone
         parts = [(before, encode(text), after) for text in texts]
         return score_rows(loaded, parts, draws, seed)
 
@@ -430,7 +429,7 @@ def score_rows(loaded, parts, draws=32, seed=1337):
     objective = info['objective']
     if objective == 'ar':
         draws = 1
-    rows = [edge_tokens(loaded, before + text + after) for before, text, after in parts]
+    rows = [with_bos_eos(loaded, before + text + after) for before, text, after in parts]
     sums = torch.zeros(len(rows), draws, dtype=torch.float64)
     for indices in equally_long(rows, SCORED_TOKENS // draws):
         n = len(indices)
@@ -455,7 +454,7 @@ def token_probs(loaded, text, alpha=0.95):
     if info['objective'] == 'mdlm':
         raise UserError('a masked model takes every token that shows for right')
     ids = tokenizer.encode(text)
-    x, _ = fill_holes(loaded, [edge_tokens(loaded, ids)])                   # (1,T)
+    x, _ = fill_holes(loaded, [with_bos_eos(loaded, ids)])                   # (1,T)
     if info['objective'] == 'ar':
         nats = ar_nll(model, x)                                             # (1,T-1)
     else:
@@ -465,7 +464,7 @@ def token_probs(loaded, text, alpha=0.95):
 
 
 def print_scores(loaded, lines):
-    for line, nats, error in zip(lines, *score(loaded, lines)):
+    for line, nats, error in zip(lines, *score(loaded, lines, seed=seed)):
         bpb = nats / math.log(2) / max(1, len(line.encode()))
         ppl = math.exp(nats / max(1, len(loaded.tokenizer.encode(line))))
         say(f'{nats:.2f} +- {error:.2f} nats, {bpb:.3f} bits per byte, PPL {ppl:.2f}: {line}')
@@ -546,12 +545,12 @@ def main():
     began = time.time()
     texts, calls = [], 0
     if tasks['infill']:
-        noise, fixed = start_template(loaded, tasks['infill'], num_samples)
+        start, fixed = start_template(loaded, tasks['infill'], num_samples)
     else:
-        noise, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
-    for xt, given in zip(noise.split(batch_size), fixed.split(batch_size)):
+        start, fixed = start_tokens(loaded, lines, num_samples, suffix, length)
+    for xt, is_fixed in zip(start.split(batch_size), fixed.split(batch_size)):
         frames = [xt]
-        denoising = denoise(loaded, xt, given, **options)
+        denoising = denoise(loaded, xt, is_fixed, **options)
         if watch:
             denoising = watched(denoising, xt, loaded.tokenizer)
         else:

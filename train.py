@@ -179,13 +179,12 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
         width = gamma_max - gamma_min
         gamma = gamma_min + u * width
         alpha, dalpha = transform(gamma, vocab_size)
-        dalpha = (dalpha * width).float()                                     # d alpha / d u, (B,1)
-        alpha = alpha.float()
+        dalpha = dalpha * width                                               # d alpha / d u, (B,1)
         k = min(curriculum_k, vocab_size)
         x, weights, xt = soft_tokens(x0, gamma, tau, vocab_size, k)           # (B,T,k) x 2, (B,T)
         sigma, args = -alpha.log(), [xt, x0, alpha, dalpha]
     else:
-        alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u, torch.float32)
+        alpha, dalpha = noise_schedule(T_MIN + (1 - T_MIN) * u)
         x, sigma = corrupt(x0, alpha, vocab_size, objective)                  # (B,T), (B,1)
         args = [x, x0, alpha, dalpha]
     # 2. DENOISE and 3. LOSS go together in the head, so that no (B,T,K) tensor is held
@@ -272,8 +271,8 @@ def main():
     defaults = dict(globals())
     settings = configure(defaults, CHECKS)
     globals().update(settings)
-    here, rank, world = start_distributed(pick_device(device), backend)
-    dtype_name, autocast = pick_dtype(dtype, here)
+    dev, rank, world = start_distributed(pick_device(device), backend)
+    dtype_name, autocast = pick_dtype(dtype, dev)
     master = rank == 0
     lock = log_file = wandb_run = None
     if master and not eval_only and Path(out_dir).exists():
@@ -310,19 +309,19 @@ def main():
     # ---- model, its EMA, optimisers
     torch.manual_seed(seed)
     config = model_config(vocab_size)
-    check_memory(config, batch_size, here)
-    model = DiT(config).to(here)
+    check_memory(config, batch_size, dev)
+    model = DiT(config).to(dev)
     if trained:
         model.load_state_dict(trained.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     teacher = copy.deepcopy(ema) if objective == 'dcd' else None
     optimizers = build_optimizer(model)
-    scaler = torch.amp.GradScaler(here.split(':')[0], enabled=dtype_name == 'float16')
+    scaler = torch.amp.GradScaler(dev.split(':')[0], enabled=dtype_name == 'float16')
     parts = dict(weights=model, ema=ema, scaler=scaler)
     if teacher:
         parts['teacher'] = teacher
     step, began = 0, time.monotonic()
-    counts = torch.zeros(4, dtype=torch.float64, device=here)
+    counts = torch.zeros(4, dtype=torch.float64, device=dev)
     total, good, skipped, in_a_row = counts              # views: of losses, steps, skipped steps
 
     # ---- resume
@@ -336,7 +335,7 @@ def main():
                 load_optimizer(optimizer, saved)
             step = state['step']
             began -= state['seconds']
-            counts += state['counts'].to(here)
+            counts += state['counts'].to(dev)
         except UNREADABLE as error:
             raise UserError(f'{out_dir}: its checkpoint is not one of this run: {error!r:.200}')
         if changed:
@@ -353,7 +352,7 @@ def main():
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = rows_per_step * block_size
     say(f'{model.num_params() / 1e6:.2f}M parameters ({n_layer} layers of {n_embd}), '
-        f'{tokens_per_step:,} tokens a step, {here} {dtype_name}\n'
+        f'{tokens_per_step:,} tokens a step, {dev} {dtype_name}\n'
         f'data: {n_train:,} rows of {block_size}, {meta["tokenizer"]} of {vocab_size:,}')
     if in_curriculum(step):
         say(f'curriculum: {describe_window(gamma_min, gamma_max, vocab_size)}')
@@ -370,9 +369,9 @@ def main():
         """Log the metric of the EMA weights, on the same rows with the same noise every time."""
         n = min(n_val, eval_iters * batch_size)
         rows = epoch_rows(np.arange(n), n_val, seed=0)
-        get_rows = lambda i: get_batch(data['val'], rows[i], block_size, meta, here)
+        get_rows = lambda i: get_batch(data['val'], rows[i], block_size, meta, dev)
         with autocast:
-            nats = evaluate(ema, kind, vocab_size, get_rows, n, batch_size, meta['pad_id'], here,
+            nats = evaluate(ema, kind, vocab_size, get_rows, n, batch_size, meta['pad_id'], dev,
                             rank, world)
         line, figures = likelihood_figures(nats, kind, data['val'], rows, block_size, 'val')
         figures |= loss_by_noise(nats, kind)
@@ -398,7 +397,7 @@ def main():
         """Backward through this process's share of the step's micro-batches; returns the mean loss
         of all. A micro-batch is the unit of randomness: its rows, times, noise and dropout come
         from (seed, step, m), so a run is the same on any number of processes."""
-        mean = torch.zeros((), device=here)
+        mean = torch.zeros((), device=dev)
         offset = np.random.default_rng([seed, step]).random()            # stratifies all times
         for m in range(rank, gradient_accumulation_steps, world):
             mixed = np.random.SeedSequence([seed, step, m]).generate_state(1, np.uint64)
@@ -406,15 +405,15 @@ def main():
             first = m * batch_size
             index = step * rows_per_step + first + np.arange(batch_size)
             rows = epoch_rows(index, n_train, seed)
-            x0 = get_batch(data['train'], rows, block_size, meta, here)
-            u = stratified_times(offset, first, batch_size, rows_per_step, device=here)
+            x0 = get_batch(data['train'], rows, block_size, meta, dev)
+            u = stratified_times(offset, first, batch_size, rows_per_step, device=dev)
             # DDP exchanges gradients in the last backward only
             train_model.require_backward_grad_sync = m + world >= gradient_accumulation_steps
             with autocast:
                 loss = training_loss(train_model, x0, u, step, vocab_size, loss_fn, teacher,
                                      loss_mask(x0, meta['pad_id']),
                                      scaler.scale(torch.ones_like(mean)))
-            # a loss that is not finite makes the gradients of every process so
+            # a loss that is not finite spoils the gradients of every process, so that all skip
             fine = torch.where(loss.isfinite(), 1.0, torch.nan)
             scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
             mean += loss.detach() / gradient_accumulation_steps
@@ -447,7 +446,7 @@ def main():
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     logged_step = step
-    first_step = 0 if gate else step                     # a run that passed the gate passes again
+    first_step = 0 if gate else step         # a resumed run may have passed the gate: it tries it
     while True:
         # 1. VALIDATE, SAVE, STOP
         stopped = largest_of_ranks(signals.caught)

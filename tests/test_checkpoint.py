@@ -353,6 +353,7 @@ def test_a_run_is_a_repository_of_the_hub(work, tmp_path, monkeypatch):
     said = good(run_here(work, 'eval.py', '--out_dir=hf:me/tiny', '--max_rows=4'))
     result = json.loads(said.splitlines()[-1])
     assert result['out_dir'] == 'hf:me/tiny' and result['rows'] == 4
+    one_line(run_here(work, 'eval.py', '--gen_ppl=hf:me/tiny'), 'hf:me/tiny', 'autoregressive')
     one_line(run_here(work, 'sample.py', '--out_dir=hf:me/none'), 'hf:me/none', 'cache')
     one_line(run_here(work, 'sample.py', '--out_dir=hf:me'), 'hf:me')
     one_line(run_here(work, 'sample.py', '--out_dir=hf:a/b/c'), 'hf:a/b/c')

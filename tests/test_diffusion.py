@@ -427,6 +427,17 @@ def test_no_tensor_holds_all_logits(monkeypatch, objective, step, loss_fn):
     assert largest.numel >= B * T * K
 
 
+def test_the_bound_where_there_is_hardly_any_noise():
+    """Its limit is 0.999 (1 - p) / (K p), p of the clean token, and 0.999 the schedule's slope.
+    float32 would take 1 - alpha for zero."""
+    torch.manual_seed(0)
+    model = random_model(8)
+    x0 = torch.randint(8, (2, 16))
+    p = model(x0, torch.zeros(2)).softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    nats = token_nll(model, x0, torch.full((2, 1), 1e-9, dtype=torch.float64), 8, 'duo', range(2))
+    assert torch.allclose(nats, 0.999 * (1 - p) / (8 * p), rtol=0.01)
+
+
 def same(f):
     return f
 

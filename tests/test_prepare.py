@@ -203,6 +203,7 @@ def test_some_documents_of_a_set_under_another_name(tmp_path, hub):
     assert decoded(tmp_path / 'data/owt_t4', 'val') == ''.join(f'{t}\n\n' for t in lines(5, 45))
     command_fails('--max_docs', 'owt', '--max_tokens', 9, cwd=tmp_path, **hub.env)
     command_fails('[PAD]', 'lm1b', '--tokenizer', 'bytes', cwd=tmp_path, **hub.env)
+    command_fails('prepare lambada by another', 'owt', 'lambada', cwd=tmp_path, **hub.env)
 
 
 def test_max_docs_leaves_a_published_validation_whole(tmp_path, hub):
@@ -472,7 +473,7 @@ def test_pieces_of_a_document_give_the_tokens_of_the_whole(tmp_path, monkeypatch
     name = str(VOCAB) if kind == 'bert' else kind
     meta = prepare.make_tokenizer(name, 0, [text], tmp_path / 'tokenizer.json', 'packed')
     encode = load_tokenizer(meta, tmp_path).encode
-    *cut, long, empty = prepare.pieces([(False, text), (True, 'x' * 700), (False, '')], 300)
+    *cut, long, empty = prepare.cut_documents([(False, text), (True, 'x' * 700), (False, '')], 300)
     assert len(cut) > 10 and min(len(part) for part, _, _ in cut[:-1]) >= 300
     assert ''.join(part for part, _, _ in cut) == text
     assert [ends for _, ends, _ in cut] == [False] * (len(cut) - 1) + [True]
@@ -779,6 +780,6 @@ def test_broken_padded_sets(tmp_path, published):
     index = (folder / 'val.idx').read_bytes()
     for raw in (index[:-8], index[:-3], b''):
         (folder / 'val.idx').write_bytes(raw)
-        stops('python prepare.py lm1b', load_data, folder)
+        stops(f'{folder}', load_data, folder)
     (folder / 'val.idx').unlink()
     stops('no usable data set', load_data, folder)

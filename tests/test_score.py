@@ -167,6 +167,8 @@ def test_scores_and_holes_from_the_command_line(trained):
     said = good(run(trained, 'sample.py', '--score=lines.txt')).splitlines()
     figures = [float(line.split()[0]) for line in said]
     assert len(said) == 2 and figures[0] < figures[1]
+    other = good(run_here(trained, 'sample.py', '--score=lines.txt', '--seed=2')).splitlines()
+    assert other[0] != said[0] and other[0].endswith(TEXT)
     bits = float(said[0].split(' nats, ')[1].split()[0])
     assert bits == pytest.approx(figures[0] / math.log(2) / len(TEXT), abs=1e-3)
     said = good(run_here(trained, 'sample.py', '--infill=the [[5]] brown', '--num_samples=2',

@@ -105,8 +105,8 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
 
 
 @pytest.mark.parametrize('args, parts', [
-    (['--dataset=owt'], ['python prepare.py owt']),
-    (['--dataset=owt_t4'], ['prepare.py owt_t4', 'config file']),
+    (['--dataset=owt'], ['python prepare.py --help']),
+    (['--dataset=owt_t4'], ['data/owt_t4', 'config file']),
     (['--device=tpu'], ['tpu']),
     (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
@@ -369,7 +369,7 @@ def test_the_metric_is_untouchable(work, tmp_path):
     for row in range(8):
         torch.manual_seed(row)
         t = stratified_times(0.5, row, 1, 8)
-        alpha, dalpha = noise_schedule(t, torch.float32)
+        alpha, dalpha = noise_schedule(t)
         clean = x0[row:row + 1]
         xt = q_sample(clean, alpha, 256)
         logits = model(xt, -alpha.log()).double()
@@ -408,10 +408,10 @@ def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
 
 
 COSINE = '''
-def noise_schedule(t, dtype=torch.float64, eps=1e-3):
+def noise_schedule(t, eps=1e-3):
     alpha = eps + (1 - eps) * torch.cos(t * pi / 2)
     dalpha = -(1 - eps) * pi / 2 * torch.sin(t * pi / 2)
-    return alpha.to(dtype), dalpha.to(dtype)
+    return alpha, dalpha
 '''
 
 
@@ -440,7 +440,7 @@ def test_the_schedule_reaches_the_loss_and_the_samplers(monkeypatch):
     x0, u = torch.randint(50, (6, 8)), stratified_times(0.2, 0, 6, 6)
     torch.manual_seed(5)
     loss = train.training_loss(model, x0, u, 0, 50, nelbo)
-    alpha, dalpha = cosine['noise_schedule'](1e-3 + (1 - 1e-3) * u, torch.float32)
+    alpha, dalpha = cosine['noise_schedule'](1e-3 + (1 - 1e-3) * u)
     torch.manual_seed(5)
     xt = q_sample(x0, alpha, 50)
     exact = nelbo(model(xt, -alpha.log()), xt, x0, alpha, dalpha).mean()
