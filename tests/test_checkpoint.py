@@ -188,7 +188,8 @@ def test_a_run_is_set_aside_under_its_own_name(tmp_path):
     assert load_state(aside)['step'] == 4 and not has_state(new)
 
 
-FOREIGN = ['not JSON', '[1]', '7', '{}', '{"step": "x"}', '{"step": null}', '', 'x"}', '\0}', '\xff}']
+FOREIGN = ['not JSON', '[1]', '7', '{}', '{"step": "x"}', '{"step": null}', '', 'x"}', '\0}',
+           '\xff}']
 
 
 @pytest.mark.parametrize('line', FOREIGN)

@@ -58,7 +58,8 @@ try:
 except UserError as error:
     sys.exit(str(error))
 max_iters_doubled = max_iters * 2
-plain = {k: v for k, v in globals().items() if type(v) in (int, float, bool, str) and k[0].islower()}
+plain = {k: v for k, v in globals().items()
+         if type(v) in (int, float, bool, str) and k[0].islower()}
 print(json.dumps(plain))
 '''
 

@@ -304,7 +304,8 @@ def test_bpe_size_is_kept(notes):
     (notes / 'play.txt').write_text(play(5000))
     ok('play.txt', '--vocab_size', 300, cwd=notes)
     assert load_data(notes / 'data/play')[0]['vocab_size'] == 300
-    ok('play.txt', '--vocab_size', 257, '--name', 'bare', cwd=notes)  # bytes and eos: no merge at all
+    # bytes and eos: no merge at all
+    ok('play.txt', '--vocab_size', 257, '--name', 'bare', cwd=notes)
     meta, data = load_data(notes / 'data/bare')
     assert meta['vocab_size'] == 257 and meta['train_bytes'] == meta['train_tokens']
     ok('notes', cwd=notes)  # so little text has no 512 tokens in it

@@ -169,7 +169,8 @@ def test_soft_tokens_against_the_dense_softmax(K, k, tau, gamma):
 
 
 def test_what_the_weights_lack_is_the_mass_of_all_other_tokens(K=7, k=5, tau=0.8):
-    """In units of exp(noise): as many tokens as are left, each a normal below the last one drawn."""
+    """In units of exp(noise): as many tokens as are left, each a normal below the last one
+    drawn."""
     x0, gamma = torch.randint(K, (20, 6)), torch.linspace(-2, 1, 20).unsqueeze(-1)
     torch.manual_seed(5)
     ids, weights, _ = soft_tokens(x0, gamma, tau, K, k)

@@ -92,7 +92,8 @@ def test_the_judge_must_be_sure_of_something(baselines):
     """What the judge makes of the samples is a number, or the evaluation ends in one line."""
     code = 'def our_judge(*_):\n    return lambda rows: [torch.full((2, 3), math.nan)]\n'
     project_with(baselines, code, 'eval.py')
-    done = run_here(baselines, baselines / 'eval.py', '--gen_ppl=out-ar', '--steps=1', '--num_samples=1')
+    done = run_here(baselines, baselines / 'eval.py', '--gen_ppl=out-ar', '--steps=1',
+                    '--num_samples=1')
     one_line(done, 'out-ar', 'nan')
 
 
@@ -164,9 +165,11 @@ def test_a_hub_judge_by_the_published_rules(baselines):
 
 
 def test_sampling_from_the_baselines(baselines):
-    mdlm = good(run_here(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4', '--prompt=This'))
+    mdlm = good(run_here(baselines, 'sample.py', '--out_dir=out-mdlm', '--steps=4',
+                         '--prompt=This'))
     assert '32 tokens' in mdlm
-    ar = good(run_here(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This', '--num_samples=1'))
+    ar = good(run_here(baselines, 'sample.py', '--out_dir=out-ar', '--prompt=This',
+                       '--num_samples=1'))
     assert ar.split('-' * 80 + '\n')[1].strip('\n').startswith('This')
     assert '31 network calls' in ar
     one_line(run_here(baselines, 'sample.py', '--out_dir=out-ar', '--suffix=end'), 'suffix')

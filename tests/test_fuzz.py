@@ -31,11 +31,14 @@ from helpers import ROOT, equal, good, run
 from model import DiT, DiTConfig
 
 CASES = int(os.environ.get('FUZZ_CASES', 400))
-fuzz = lambda share: settings(derandomize=True, database=None, deadline=None, max_examples=round(CASES * share),
+fuzz = lambda share: settings(derandomize=True, database=None, deadline=None,
+                              max_examples=round(CASES * share),
                               suppress_health_check=list(HealthCheck))
-flat = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(
-    [0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 1e30, 'bytes', 'bpe', 'uint16', 'duo', 'ar', 'mdlm', '\n'])
-value = st.recursive(flat, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+flat = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+        | st.sampled_from([0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 1e30,
+                           'bytes', 'bpe', 'uint16', 'duo', 'ar', 'mdlm', '\n']))
+value = st.recursive(
+    flat, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
 
 
 class Late(BaseException):
@@ -49,7 +52,8 @@ def late(*_):
 @contextmanager
 def one_line_or_fine():
     """The block ends, or raises a UserError of one line; in time, and without much memory."""
-    before, old = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, late)
+    before, old = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                   signal.signal(signal.SIGALRM, late))
     signal.alarm(20)
     try:
         yield
@@ -58,20 +62,24 @@ def one_line_or_fine():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300e3, 'it took hundreds of megabytes'
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300e3, (
+        'it took hundreds of megabytes')
 
 
 @st.composite
 def damaged(draw, raw):
-    """raw with some bytes changed, cut off, left out or put in: at the ends, where the headers are, and inside."""
-    anywhere = st.integers(0, 999).map(lambda i: len(raw) * i // 1000)  # st.integers(0, n) would prefer small ones
+    """raw with some bytes changed, cut off, left out or put in: at the ends, where the headers are,
+    and inside."""
+    # st.integers(0, n) would prefer small ones
+    anywhere = st.integers(0, 999).map(lambda i: len(raw) * i // 1000)
     if draw(st.booleans()):  # a single bit is the hardest to notice
         at = draw(anywhere)
         return raw[:at] + bytes([raw[at] ^ 1 << draw(st.integers(0, 7))]) + raw[at + 1:]
     for _ in range(draw(st.integers(1, 3))):
         n = len(raw)
         at = draw(anywhere | st.integers(0, min(n, 2999)) | st.integers(max(0, n - 999), n))
-        new = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b'\0' * 8, b'\xff' * 8, b'9' * 8, b'9' * 30]))
+        new = draw(st.binary(min_size=1, max_size=8)
+                   | st.sampled_from([b'\0' * 8, b'\xff' * 8, b'9' * 8, b'9' * 30]))
         kind = draw(st.sampled_from(['flip', 'flip', 'write', 'cut', 'leave out', 'put in']))
         if kind == 'flip' and at < n:
             new = bytes([raw[at] ^ 1 << draw(st.integers(0, 7))])
@@ -82,7 +90,8 @@ def damaged(draw, raw):
 
 @st.composite
 def altered(draw, tree):
-    """A JSON-able tree with a value or two changed, anywhere, or left out; as the text of a file."""
+    """A JSON-able tree with a value or two changed, anywhere, or left out; as the text of a
+    file."""
     tree = json.loads(json.dumps(tree))
     for _ in range(draw(st.integers(1, 2))):
         node = tree
@@ -126,11 +135,14 @@ def home(tmp_path_factory):
     model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1)).sum().backward()
     optimizer.step()
     meta = load_data(home / 'data/bytes')[0]
-    info = dict(objective='duo', model=asdict(model.config), data=meta, settings={'dataset': 'bytes'})
+    info = dict(objective='duo', model=asdict(model.config), data=meta,
+                settings={'dataset': 'bytes'})
     (home / 'out').mkdir()
     for step in (4, 5):
-        save(home / 'out', info | dict(step=step, weights=model.state_dict(), ema=model.state_dict(), teacher=None,
-             optimizers=[optimizer.state_dict()['state']], scaler={}, seconds=1.0, skipped=0, fingerprint='f'),
+        save(home / 'out',
+             info | dict(step=step, weights=model.state_dict(), ema=model.state_dict(),
+                         teacher=None, optimizers=[optimizer.state_dict()['state']], scaler={},
+                         seconds=1.0, skipped=0, fingerprint='f'),
              model, info, home / 'data/bytes')
     return home
 
@@ -149,7 +161,7 @@ def restored(folder, whole):
             write(folder / name, raw)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings
 
 GLOBALS = {name: v for name, v in vars(train).items() if type(v) in (int, float, bool, str)}
@@ -189,7 +201,7 @@ def test_override_files(home, raw):
     configured([str(home / 'o.py')])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data
 
 def use_data(folder):
@@ -234,9 +246,10 @@ def test_token_files(home, folder):
     @given(st.data(), st.sampled_from(names))
     def check(data, name):
         raw, meta = data.draw(damaged(whole[name])), json.loads(whole['meta.json'])
-        made_so = data.draw(st.booleans())                       # who made it so meant it: no checksum tells
+        made_so = data.draw(st.booleans())  # who made it so meant it: no checksum tells
         if made_so and not name.endswith('.bytes'):
-            meta |= dict(tokenizer_sha256=None) if name == 'tokenizer.json' else {f'{name[:-4]}_tokens': len(raw) // 2}
+            meta |= (dict(tokenizer_sha256=None) if name == 'tokenizer.json'
+                     else {f'{name[:-4]}_tokens': len(raw) // 2})
         write(folder / name, raw)
         write(folder / 'meta.json', json.dumps(meta).encode())
         with restored(folder, whole):
@@ -253,11 +266,12 @@ def test_a_tokenizer_of_another_data_set(home, tmp_path):
         load_tokenizer(meta, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints
 
 def test_checkpoints(home):
-    """Damage is seen, whatever it is: the state is bit for bit this one, or the one before, or there is a line."""
+    """Damage is seen, whatever it is: the state is bit for bit this one, or the one before, or
+    there is a line."""
     out = home / 'out'
     whole, states = files(out), [torch.load(out / f'step-{step:08}.pt') for step in (4, 5)]
 
@@ -303,7 +317,8 @@ def test_the_pickle_in_a_checkpoint(home, tmp_path):
     b'cdefused\nThing\n)R.', b'ctransformers.defused\nThing\n)R.',
     b'cos\nsystem\nq\x00}q\x01X\x01\x00\x00\x00ah\x00(X\x09\x00\x00\x00touch rantRs.'])
 def test_a_bomb_is_refused_not_run(home, tmp_path, monkeypatch, bomb):
-    """As a bare pickle and as one in torch's zip; by a system call, or by a module that merely gets imported."""
+    """As a bare pickle and as one in torch's zip; by a system call, or by a module that merely
+    gets imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path('defused.py').write_text('open("ran", "w")\nThing = dict')
@@ -313,7 +328,8 @@ def test_a_bomb_is_refused_not_run(home, tmp_path, monkeypatch, bomb):
               lambda: convert(folder / 'model.ckpt', tmp_path / 'never')]
     calls = {'step-00000007.pt': states, 'model.ckpt': models,
              'model.safetensors': models}
-    for raw in (bomb, b'\x80\x02' + bomb, repacked(whole, bomb), repacked(whole, b'\x80\x02' + bomb)):
+    for raw in (bomb, b'\x80\x02' + bomb,
+                repacked(whole, bomb), repacked(whole, b'\x80\x02' + bomb)):
         for name, attempts in calls.items():
             for attempt in attempts:
                 folder.mkdir()

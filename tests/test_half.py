@@ -46,7 +46,7 @@ def test_a_run_has_the_losses_of_float32(work, exact, dtype, tolerance):
     good(run_here(work, 'train.py', *args, f'--out_dir={parts.name}', '--init_from=resume'))
     for part in ('weights', 'ema', 'optimizers', 'scaler', 'step', 'counts'):
         assert equal(checkpoint(whole)[part], checkpoint(parts)[part]), part
-    skipped = int(checkpoint(whole)['counts'][2])               # the scaler still looks for its scale
+    skipped = int(checkpoint(whole)['counts'][2])  # the scaler still looks for its scale
     scaler = checkpoint(whole)['scaler']
     if dtype == 'bfloat16':
         assert scaler == {} and not skipped

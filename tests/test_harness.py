@@ -114,7 +114,8 @@ def test_the_choice_is_the_likeliest_as_a_whole_or_by_length(tmp_path, monkeypat
         dict(question='beyond the limit', choices=['no', 'yes'], answer=0),
     ]
     loaded = of_model(random_model(256, T=32), 'duo')
-    loaded = loaded._replace(tokenizer=load_tokenizer(dict(tokenizer='bytes', vocab_size=256, eos_id=0), ''))
+    loaded = loaded._replace(
+        tokenizer=load_tokenizer(dict(tokenizer='bytes', vocab_size=256, eos_id=0), ''))
     seen = []
 
     def known_score(loaded, parts, draws):

@@ -97,8 +97,9 @@ def test_a_width_the_heads_do_not_divide_is_one_line():
 
 
 @pytest.mark.parametrize('config', [
-    DiTConfig(50257, 8, 2, 2, 64, 64), DiTConfig(99, 8, 40, 2, 64, 8), DiTConfig(99, 8, 2, 2, 512, 8),
-    DiTConfig(99, 8, 2, 2, 64, 4096), DiTConfig(99, 8, 40, 2, 64, 512)])
+    DiTConfig(50257, 8, 2, 2, 64, 64), DiTConfig(99, 8, 40, 2, 64, 8),
+    DiTConfig(99, 8, 2, 2, 512, 8), DiTConfig(99, 8, 2, 2, 64, 4096),
+    DiTConfig(99, 8, 40, 2, 64, 512)])
 def test_the_memory_that_is_asked_for_first_is_the_least_that_training_takes(monkeypatch, config):
     """Weights, gradients and two moments, in float32, whichever size they come from; and of a large
     batch what the layers give."""

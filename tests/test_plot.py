@@ -18,7 +18,8 @@ def runs(work, tmp_path_factory):
     """A copy of work, since other tests count what eval.py leaves in it."""
     folder = tmp_path_factory.mktemp('runs') / 'work'
     shutil.copytree(work, folder)
-    good(run_here(folder, 'train.py', *TINY, '--objective=ar', '--out_dir=judge', '--num_samples=0'))
+    good(run_here(folder, 'train.py', *TINY, '--objective=ar', '--out_dir=judge',
+                  '--num_samples=0'))
     sampling = '--gen_ppl=judge --steps=1,4 --temperature=0.8,1 --num_samples=2'
     good(run_here(folder, 'eval.py', *sampling.split()))
     return folder

@@ -541,22 +541,25 @@ def test_records_that_are_none(tmp_path):
                        ('json.jsonl', 'after record 1'), ('latin.jsonl', 'UnicodeDecodeError'),
                        ('cut.jsonl.gz', 'cut.jsonl.gz'), ('no.jsonl.zst', 'no.jsonl.zst'),
                        ('no.parquet', 'no.parquet'), ('column.parquet', "KeyError: 'text'"),
-                       ('null.parquet', 'after record 2'), ('deep.jsonl', 'after record 1: Recursion'),
+                       ('null.parquet', 'after record 2'),
+                       ('deep.jsonl', 'after record 1: Recursion'),
                        ('empty.jsonl', 'too little text'),
                        ('blank.jsonl', 'too little text')):
         fails(says, name, '--tokenizer', 'bytes', '--name', 'x', cwd=tmp_path)
     assert os.listdir(tmp_path / 'data') == []
 
 
-@pytest.mark.parametrize('packed', [gzip.compress, lambda raw: pyarrow.compress(raw, 'zstd').to_pybytes()],
-                         ids=['gz', 'zst'])
+@pytest.mark.parametrize(
+    'packed', [gzip.compress, lambda raw: pyarrow.compress(raw, 'zstd').to_pybytes()],
+    ids=['gz', 'zst'])
 def test_a_bomb_takes_little_memory(tmp_path, monkeypatch, packed):
     """A line that unpacks to 64 MB, of which a thousandth may be a record."""
     monkeypatch.setattr(prepare, 'RECORD', 2**16)
     path = tmp_path / ('bomb.jsonl.gz' if packed is gzip.compress else 'bomb.jsonl.zst')
     path.write_bytes(packed(b'{"text": "fine"}\n{"text": "' + b'x' * 2**26 + b'"}\n'))
     tracemalloc.start()
-    fails('after record 1: ValueError: a line of 65,536', path.name, '--tokenizer', 'bytes', cwd=tmp_path)
+    fails('after record 1: ValueError: a line of 65,536', path.name, '--tokenizer', 'bytes',
+          cwd=tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**22 and os.listdir(tmp_path / 'data') == []

@@ -1,4 +1,5 @@
-"""score, token_probs, infill and edit of sample.py: against enumeration, a spy and planted typos."""
+"""score, token_probs, infill and edit of sample.py: against enumeration, a spy and planted
+typos."""
 import itertools
 import math
 from types import SimpleNamespace

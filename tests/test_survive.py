@@ -125,12 +125,15 @@ def test_a_run_goes_on_without_its_console(work, console):
 def test_a_terminal_of_few_letters(work):
     """All that a script says is said, with escapes; so do those that train.py starts."""
     env = os.environ | dict(PYTHONIOENCODING='ascii')
-    prepared = good(run(work, 'prepare.py', 'tiny.txt', '--tokenizer=bytes', '--name=naïve', env=env))
+    prepared = good(run(work, 'prepare.py', 'tiny.txt', '--tokenizer=bytes', '--name=naïve',
+                        env=env))
     assert prepared.startswith('data/na\\xefve: ')
-    done = run(work, 'train.py', *TINY, '--max_iters=1', '--out_dir=naïve', '--dataset=naïve', env=env)
+    done = run(work, 'train.py', *TINY, '--max_iters=1', '--out_dir=naïve', '--dataset=naïve',
+               env=env)
     said = good(done)
     assert 'wrote na\\xefve/curve.png' in said and 'network calls' in said and not done.stderr
-    assert '1 rows of na\\xefve/val' in good(run(work, 'eval.py', '--out_dir=naïve', '--max_rows=1', env=env))
+    assert '1 rows of na\\xefve/val' in good(
+        run(work, 'eval.py', '--out_dir=naïve', '--max_rows=1', env=env))
 
 
 def test_an_evaluation_goes_on_without_its_console(work):

@@ -74,7 +74,8 @@ def test_a_run_leaves_what_it_should(work):
 def test_a_resumed_run_is_bit_for_bit_the_run(work):
     """Stopped inside the curriculum and between two lines of the log, with dropout, two
     micro-batches a step; in a new process."""
-    args = [*QUICK, '--gradient_accumulation_steps=2', '--log_interval=3', '--checkpoint_interval=5']
+    args = [*QUICK, '--gradient_accumulation_steps=2', '--log_interval=3',
+            '--checkpoint_interval=5']
     good(run_here(work, 'train.py', *args, '--out_dir=whole', '--keep_last=99'))
     rewind(work / 'whole', work / 'parts', 4)
     resume = [*args, '--out_dir=parts', '--init_from=resume']
@@ -86,7 +87,8 @@ def test_a_resumed_run_is_bit_for_bit_the_run(work):
     a, b = (torch.load(work / folder / 'step-00000005.pt') for folder in ('whole', 'parts'))
     assert equal(a['counts'], b['counts'])
     # the card's command makes this run, not the resumed part of it
-    (command,) = re.findall('^    python (train.py.*)', (work / 'parts/README.md').read_text(), re.M)
+    (command,) = re.findall(
+        '^    python (train.py.*)', (work / 'parts/README.md').read_text(), re.M)
     settings = json.loads((work / 'parts/config.json').read_text())['settings']
     assert configure(vars(train), (), shlex.split(command)[1:]) == settings
     assert settings['init_from'] == 'scratch' and settings['keep_last'] == 98
@@ -113,7 +115,8 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--init_from=there'], ['there']),
     (['--init_from=resume'], ['no checkpoint in never']),
     (['--init_from=out', '--objective=ar'], ['out is a network for duo, not for ar']),
-    (['--init_from=out', '--dataset=bpe'], ['vocab_size 256 and 300', 'bytes and bpe', 'out/tokenizer.json']),
+    (['--init_from=out', '--dataset=bpe'],
+     ['vocab_size 256 and 300', 'bytes and bpe', 'out/tokenizer.json']),
     ([f'--seed={2**64}'], ['seed']),
     ([f'--batch_size={10**9}'], ['batch_size']),
     (['--device=cpu:abc'], ['cpu:abc']),
@@ -194,7 +197,8 @@ def counted(graph, inputs):
 
 torch.compile = partial(torch.compile, backend=counted)
 ''')
-    args = [*QUICK, '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--dropout=0.1', *more]
+    args = [*QUICK, '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--dropout=0.1',
+            *more]
     said = good(run(work, script, *args, '--out_dir=early', '--compile'))
     before, after = said.split('step 1: ')
     assert before.count('a graph') >= n_graphs
@@ -295,8 +299,9 @@ def test_a_step_is_the_gradient_of_the_whole_batch(work, tmp_path):
     (padded / 'meta.json').write_text(json.dumps(meta | dict(pad_id=1)))
     script = project_with(tmp_path, PLAIN_SGD)
     good(run_here(work, script, *QUICK, *EVERY_STEP, '--dataset=padded', '--init_from=out',
-                  '--out_dir=sgd', '--max_iters=2', '--batch_size=3', '--dropout=0', '--grad_clip=0',
-                  '--gradient_accumulation_steps=2', '--warmup_iters=0', '--curriculum_frac=0'))
+                  '--out_dir=sgd', '--max_iters=2', '--batch_size=3', '--dropout=0',
+                  '--grad_clip=0', '--gradient_accumulation_steps=2', '--warmup_iters=0',
+                  '--curriculum_frac=0'))
 
     model = load_model(work / 'out')[0].requires_grad_(True)
     stream = load_data(padded)[1]['train']
@@ -660,7 +665,8 @@ def test_what_a_run_says_and_logs(work):
         log(work / 'out', f'val_loss_q{i}')[0] for i in (1, 2, 3, 4)]
     assert loss == pytest.approx(sum(quarters) / 4, rel=1e-5) and len(set(quarters)) == 4
     samples = (work / 'out' / 'samples.txt').read_text()
-    assert [line for line in samples.splitlines() if line.startswith('step ')] == ['step 4', 'step 8']
+    assert [line for line in samples.splitlines() if line.startswith('step ')] == [
+        'step 4', 'step 8']
     assert samples.count('network calls for 1 texts') == 2
 
 
