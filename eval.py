@@ -242,6 +242,8 @@ def judge_samples(loaded, autocast):
             r = trial | diversity(rows) | dict(
                 out_dir=out_dir,
                 judge=gen_ppl,
+                seed=seed,
+                num_samples=num_samples,
                 sampler=describe_sampler(trial | {'temperature': 1.0}),
                 gen_ppl=torch.tensor(nats, dtype=torch.float64).mean().exp().item(),
                 samples_per_s=num_samples / seconds)
