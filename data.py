@@ -135,9 +135,9 @@ def load_data(folder):
         check_meta(meta)
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): the '
-                        'first lines of the config file, or python prepare.py --help, say how to '
-                        'make it') from None
+        raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): '
+                        'python prepare.py --help, or the first lines of the recipe (or of the one '
+                        'that it is built on), say how to make it') from None
 
 
 def token_dtype(vocab_size):

@@ -83,7 +83,7 @@ def gaussian_scales(gamma):
 
 def q_sample(x0, alpha, vocab_size):
     """xt (B,T) ~ q(xt|x0) = alpha x0 + (1-alpha)/K (eq. 1): the uniform token may be x0 again."""
-    keep = torch.rand(x0.shape, device=x0.device) < alpha
+    keep = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) < alpha
     return torch.where(keep, x0, torch.randint_like(x0, vocab_size))
 
 
@@ -93,7 +93,7 @@ def corrupt(x0, alpha, vocab_size, objective='duo'):
     that network can count the masks."""
     if objective == 'duo':
         return q_sample(x0, alpha, vocab_size), -alpha.log()
-    keep = torch.rand(x0.shape, device=x0.device) < alpha
+    keep = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) < alpha
     return torch.where(keep, x0, vocab_size), torch.zeros_like(alpha)
 
 

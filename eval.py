@@ -44,7 +44,7 @@ draws = 1                    # noise levels for each row; the error shrinks with
 max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
 # --- samples
-gen_ppl = ''                 # the judge: the folder of an AR model, or a Hugging Face causal LM
+gen_ppl = ''                 # the judge: an AR model of ours (a folder, hf:org/name), or a hub's causal LM
 num_samples = 256            # a reverse PPL takes 30,000 tokens or more in all
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
 sampler = 'ancestral'        # as published; see sample.py
@@ -221,7 +221,8 @@ def judge_samples(loaded, autocast):
     if 'objective' in read_config(fetch(gen_ppl)):       # a folder of ours, or hf:org/name
         judge = our_judge(gen_ppl, info, device)
     else:
-        judge = hub_judge(gen_ppl, loaded.tokenizer, info['data']['eos_id'], device)
+        name = gen_ppl.removeprefix('hf:')
+        judge = hub_judge(name, loaded.tokenizer, info['data']['eos_id'], device)
     real, train = real_rows(info, T)
     ideal = reverse_ppl(train, real, vocab_size) if real else None
     folder = '.' if out_dir.startswith('hf:') else out_dir

@@ -83,7 +83,7 @@ class NanoDuo(LM):
             prompt = self.context(prompt, n)
             options = self.options | dict(temperature=how.get('temperature') or 1e-4)
             row, = generate(self.loaded, prompt, length=len(prompt) + n + 1, **options)
-            ids = row[len(prompt):]
+            ids = row[len(prompt):][:n]
             if eos in ids:
                 ids = ids[:ids.index(eos)]
             text = self.tokenizer.decode(ids)

@@ -394,8 +394,8 @@ def in_threads(function, pieces):
 
 
 def write_tokens(folder, pieces, sizes, max_tokens, meta):
-    """Write the token files of both splits, and their counts into meta. pieces: of encode_piece;
-    sizes: bytes of each token. The document that reaches max_tokens is cut there."""
+    """Write the token files of both splits, and their counts into meta. pieces: what encode_piece
+    returns; sizes: bytes of each token. The document that reaches max_tokens is cut there."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
     starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
     counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from configurator import UserError, check, configure, progress, run
 
+import numpy as np
 import torch
 
 from checkpoint import load_model
@@ -353,7 +354,8 @@ def start_template(loaded, template, num_samples=1):
 
 
 def decode_rows(loaded, xt):
-    """The texts of xt (B,T), without the begin and the end token of each."""
+    """The texts of xt (B,T), without a begin token at the first place or an end token at the last.
+    """
     data = loaded.info['data']
     texts = []
     for row in xt.tolist():
@@ -384,8 +386,8 @@ def infill(loaded, template, num_samples=1, **options):
 def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
     informed sampler takes over: for a Duo."""
-    if loaded.info['objective'] != 'duo':
-        raise UserError('edit is for a Duo')
+    if loaded.info['objective'] != 'duo' or 'sampler' in options:
+        raise UserError('edit is by the informed sampler, for a Duo')
     alpha = 1 - strength
     row = with_bos_eos(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
@@ -424,12 +426,14 @@ def equally_long(rows, max_tokens=SCORED_TOKENS):
 
 @torch.no_grad()
 def score_rows(loaded, parts, draws=32, seed=1337):
-    """The same for lists of ids: parts holds (before, text, after) for each row, without edges."""
+    """The same for lists of ids: parts holds (before, text, after) for each row, without bos and
+    eos."""
     model, _, info = loaded
     objective = info['objective']
     if objective == 'ar':
         draws = 1
     rows = [with_bos_eos(loaded, before + text + after) for before, text, after in parts]
+    seeds = np.random.SeedSequence(seed).generate_state(draws, np.uint64).tolist()
     sums = torch.zeros(len(rows), draws, dtype=torch.float64)
     for indices in equally_long(rows, SCORED_TOKENS // draws):
         n = len(indices)
@@ -439,8 +443,7 @@ def score_rows(loaded, parts, draws=32, seed=1337):
             begin = 1 + len(before)                                        # behind bos
             is_fixed[:, begin:begin + len(text)] = False
         t = stratified_times(0.5, 0, draws, draws, device=x0.device).repeat(n, 1)
-        nats = token_nll(model, x0, t, info['data']['vocab_size'], objective,
-                         n * [*range(seed, seed + draws)], fixed)
+        nats = token_nll(model, x0, t, info['data']['vocab_size'], objective, n * seeds, fixed)
         nats = nats.double().masked_fill(fixed[:, -nats.size(1):], 0)
         sums[indices] = nats.sum(-1).view(n, draws).cpu()
     return sums.mean(-1), sums.std(-1, correction=0) / math.sqrt(draws)
@@ -454,7 +457,7 @@ def token_probs(loaded, text, alpha=0.95):
     if info['objective'] == 'mdlm':
         raise UserError('a masked model takes every token that shows for right')
     ids = tokenizer.encode(text)
-    x, _ = fill_holes(loaded, [with_bos_eos(loaded, ids)])                   # (1,T)
+    x, _ = fill_holes(loaded, [with_bos_eos(loaded, ids)])                  # (1,T)
     if info['objective'] == 'ar':
         nats = ar_nll(model, x)                                             # (1,T-1)
     else:

@@ -446,7 +446,7 @@ def main():
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     logged_step = step
-    first_step = 0 if gate else step         # a resumed run may have passed the gate: it tries it
+    first_step = 0 if gate else step         # a resumed run may have passed the gate: score it now
     while True:
         # 1. VALIDATE, SAVE, STOP
         stopped = largest_of_ranks(signals.caught)

@@ -625,7 +625,7 @@ def test_broken_data_sets(home, tmp_path):
             if raw is not None:
                 (folder / name).write_bytes(raw)
         stops(says, load_data, folder)
-        stops(f'{folder}', load_data, folder)
+        stops('say how to make it', load_data, folder)
 
     wrong = lambda **change: json.dumps(meta | change).encode()
     broken('train.bin', **{'train.bin': None})
