@@ -44,7 +44,7 @@ draws = 1                    # noise levels for each row; the error shrinks with
 max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
 # --- samples
-gen_ppl = ''                 # the judge: an AR model of ours (a folder, hf:org/name), or an LM of the hub
+gen_ppl = ''                 # the judge: an AR model of ours (a folder, hf:org/name), or of the hub
 num_samples = 256            # a reverse PPL takes 30,000 tokens or more in all
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
 sampler = 'ancestral'        # as published; see sample.py
