@@ -407,7 +407,8 @@ def simulate(bench):
           f'{bytes_per_s / 1e9:,.0f} GB/s and {memory / 1e9:g} GB. Assumed: {PRODUCT_SHARE:.0%} of '
           f'the FLOP/s in products and attention, {BANDWIDTH_SHARE:.0%} of the GB/s in all other '
           'work, every operation by itself (eager) or all between two products as one (compiled, '
-          'at best); the memory is that of eager mode')
+          f'at best); the hours are those of the {"compiled" if compiled else "eager"} run, the '
+          'memory that of eager mode')
     with fake_cuda(capability) as fake:
         try:
             bench.plan_run('cuda', *pick_dtype(dtype, 'cuda'), measure, lambda device: max(peak))
