@@ -136,8 +136,9 @@ def load_data(folder):
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): '
-                        'python prepare.py --help, or the first lines of the recipe (or of the one '
-                        'that it is built on), say how to make it') from None
+                        f'python prepare.py {folder.name} makes it, if --help lists it; if not, '
+                        'the first lines of the config file, or of the one it is built on, say how'
+                        ) from None
 
 
 def token_dtype(vocab_size):

@@ -81,9 +81,14 @@ def gaussian_scales(gamma):
 # --------------------------------------------------------------------------------------------------
 # noise: from clean tokens to noisy ones
 
+def draw_kept(x0, alpha):
+    """(B,T) bool, true with probability alpha. In float64: float32 is too coarse near alpha = 1."""
+    return torch.rand(x0.shape, dtype=torch.float64, device=x0.device) < alpha
+
+
 def q_sample(x0, alpha, vocab_size):
     """xt (B,T) ~ q(xt|x0) = alpha x0 + (1-alpha)/K (eq. 1): the uniform token may be x0 again."""
-    keep = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) < alpha
+    keep = draw_kept(x0, alpha)
     return torch.where(keep, x0, torch.randint_like(x0, vocab_size))
 
 
@@ -93,7 +98,7 @@ def corrupt(x0, alpha, vocab_size, objective='duo'):
     that network can count the masks."""
     if objective == 'duo':
         return q_sample(x0, alpha, vocab_size), -alpha.log()
-    keep = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) < alpha
+    keep = draw_kept(x0, alpha)
     return torch.where(keep, x0, vocab_size), torch.zeros_like(alpha)
 
 

@@ -386,7 +386,8 @@ def infill(loaded, template, num_samples=1, **options):
 def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
     informed sampler takes over: for a Duo."""
-    if loaded.info['objective'] != 'duo' or 'sampler' in options:
+    is_informed = options.get('sampler', 'auto') in ('auto', 'informed')
+    if loaded.info['objective'] != 'duo' or not is_informed:
         raise UserError('edit is by the informed sampler, for a Duo')
     alpha = 1 - strength
     row = with_bos_eos(loaded, loaded.tokenizer.encode(text))

@@ -614,7 +614,7 @@ def test_a_kill_at_any_moment_leaves_the_whole_set_or_none(notes):
 
 
 def test_broken_data_sets(home, tmp_path):
-    stops('python prepare.py --help', load_data, tmp_path / 'nowhere')
+    stops('python prepare.py nowhere', load_data, tmp_path / 'nowhere')
     good = everything(home / 'data/play_bytes')
     meta = json.loads(good['meta.json'])
 
@@ -625,7 +625,7 @@ def test_broken_data_sets(home, tmp_path):
             if raw is not None:
                 (folder / name).write_bytes(raw)
         stops(says, load_data, folder)
-        stops('say how to make it', load_data, folder)
+        stops(f'python prepare.py {folder.name}', load_data, folder)
 
     wrong = lambda **change: json.dumps(meta | change).encode()
     broken('train.bin', **{'train.bin': None})

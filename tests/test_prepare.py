@@ -783,6 +783,6 @@ def test_broken_padded_sets(tmp_path, published):
     index = (folder / 'val.idx').read_bytes()
     for raw in (index[:-8], index[:-3], b''):
         (folder / 'val.idx').write_bytes(raw)
-        stops('say how to make it', load_data, folder)
+        stops('python prepare.py lm1b', load_data, folder)
     (folder / 'val.idx').unlink()
     stops('no usable data set', load_data, folder)

@@ -107,8 +107,8 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
 
 
 @pytest.mark.parametrize('args, parts', [
-    (['--dataset=owt'], ['python prepare.py --help']),
-    (['--dataset=owt_t4'], ['data/owt_t4', 'recipe']),
+    (['--dataset=owt'], ['python prepare.py owt']),
+    (['--dataset=owt_t4'], ['prepare.py owt_t4', 'config file']),
     (['--device=tpu'], ['tpu']),
     (['--dtype=int8'], ['int8']),
     (['--init_from=resume', '--out_dir=nowhere'], ['nowhere']),
