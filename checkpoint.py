@@ -7,8 +7,10 @@ out_dir/config.json         all else that sampling, evaluating or sharing needs,
 out_dir/tokenizer.json      where the tokenizer has a file
 out_dir/log.jsonl           a line of numbers at each log and validation
 out_dir/samples.txt         a text at each validation
-out_dir/README.md           the model card
+out_dir/README.md           the model card, with
+out_dir/curve.png           the losses
 out_dir/lock                held by the run that is at work here; names it
+out_dir/wandb_id            of the run at wandb, if it is there
 
 This is nanoDuo's own format and the only one known here: convert.py reads and writes the authors'.
 """
@@ -200,7 +202,10 @@ def read_config(folder):
     """What config.json holds; {} where there is none."""
     path = Path(f'{folder}/config.json')
     try:
-        return json.loads(path.read_text('utf-8')) if path.is_file() else {}
+        config = json.loads(path.read_text('utf-8')) if path.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError('no JSON object')
+        return config
     except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, not JSON
         raise UserError(f'{path} cannot be read: {error!r:.200}')
 
@@ -328,9 +333,11 @@ def check_start(source, info, kind, meta):
         raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
     difference = tokenizer_difference(info['data'], meta)
     if difference:
+        tokenizer = info['data']['tokenizer']
+        if info['data'].get('tokenizer_sha256'):
+            tokenizer = f'{info["folder"]}/tokenizer.json'
         raise UserError(f'{source} has another tokenizer than the data ({difference}): prepare the '
-                        f'text with python prepare.py TEXT --tokenizer={info["folder"]}/'
-                        'tokenizer.json')
+                        f'text with python prepare.py TEXT --tokenizer={tokenizer}')
 
 
 def check_packages(**wanted):

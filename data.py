@@ -5,7 +5,7 @@ A data set is a folder: train.bin and val.bin, flat streams of uint16 (uint32 fo
 tokens in the vocabulary), meta.json (the tokenizer, its size, its special ids, the counts) and, for
 a tokenizer that has a file, tokenizer.json. Packed, every document is ended by eos (save in the
 zero-shot sets), and rows are cut anywhere. Padded (pad_id is a number), every document is a row,
-and train.idx and val.idx say where it begins: uint64, one more of them than documents. train.bytes
+and train.idx and val.idx say where it begins: int64, one more of them than documents. train.bytes
 and val.bytes: how many bytes of the text each token of the vocabulary stands for, float64.
 """
 import functools
@@ -84,7 +84,7 @@ def guarded(message, function, *args):
 def load_file(path, sha256):
     """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
     import tokenizers
-    call = functools.partial(guarded, f'{path} is no usable tokenizer: prepare the data again')
+    call = functools.partial(guarded, f'{path} is no usable tokenizer: put the right one there')
     raw = call(path.read_bytes)
     if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
         raise UserError(f'{path} is not the one that these tokens were made with')
@@ -174,8 +174,8 @@ def check_tokens(data, vocab_size, folder):
 
 
 def fingerprint(data):
-    """A checksum of the streams' lengths and of a thousand tokens of each, or two: rewritten data
-    will not have it."""
+    """A checksum of the streams' lengths and of one to two thousand tokens of each: rewritten
+    data will not have it."""
     digest = hashlib.sha256()
     for tokens, *_ in data.values():
         some = tokens[::max(1, len(tokens) // 1000)]

@@ -101,17 +101,16 @@ def pick_dtype(dtype, device):
     return dtype, torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
-def start_distributed(device, backend='nccl'):
+def start_distributed(device):
     """-> this process's device, rank and world size; under torchrun the processes are joined."""
     if 'RANK' not in os.environ:
         return device, 0, 1
-    device_id = None
+    backend, device_id = 'gloo', None
     if device.startswith('cuda'):
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        backend = 'nccl'
+        device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         torch.cuda.set_device(device)
         device_id = torch.device(device)                 # NCCL connects now, and need not guess it
-    else:
-        backend = 'gloo'
     dist.init_process_group(backend, device_id=device_id)
     global control
     # does not wait for the GPU, but for a first process that scores for long

@@ -64,10 +64,11 @@ def transform(gamma, vocab_size):
 
 def describe_window(gamma_min, gamma_max, vocab_size):
     """The curriculum's window of noise in words: the same gammas mean less noise for a smaller
-    vocabulary. UserError if the window is empty."""
-    if gamma_min >= gamma_max:
-        raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}')
+    vocabulary. UserError if the window is empty, or so wide that alpha rounds to 1 or to 0."""
     first, last = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
+    if not 1e-9 < last < first < 1 - 1e-9:
+        raise UserError(f'--gamma_min={gamma_min} and --gamma_max={gamma_max}: alpha must fall '
+                        f'between 1 and 0, not from {first:.9g} to {last:.9g}')
     hint = ': little noise, try a higher --gamma_max' if last > 0.5 else ''
     return f'alpha from {first:.3f} to {last:.3f}{hint}'
 

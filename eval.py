@@ -88,13 +88,15 @@ def likelihood(model, info, rank, world):
     rows = np.linspace(0, n_rows - 1, min(max_rows or n_rows, n_rows), dtype=int)
     np.random.default_rng(seed).shuffle(rows)
 
-    def draw_rows(numbers):              # all rows, `draws` times over
+    n_draws = 1 if objective == 'ar' else draws          # AR's figure is exact
+
+    def draw_rows(numbers):              # all rows, n_draws times over
         return get_batch(stream, rows.take(numbers, mode='wrap'), block_size, meta, device)
 
     # 2. NLL of each row: the mean of its draws, which are not independent of each other
-    nats = evaluate(model, objective, meta['vocab_size'], draw_rows, len(rows) * draws, batch_size,
-                    meta['pad_id'], device, rank, world)
-    nats = nats.view(draws, -1).mean(0)
+    nats = evaluate(model, objective, meta['vocab_size'], draw_rows, len(rows) * n_draws,
+                    batch_size, meta['pad_id'], device, rank, world)
+    nats = nats.view(n_draws, -1).mean(0)
     line, figures = likelihood_figures(nats, objective, stream, rows, block_size, split)
     if rank == 0:
         bound = '' if objective == 'ar' else 'at most '
@@ -108,7 +110,7 @@ def likelihood(model, info, rank, world):
         dataset=name,
         split=split,
         rows=len(rows),
-        draws=draws,
+        draws=n_draws,
         nll=figures['loss'],
         ppl_error=figures['ppl'] * figures['error'],
         **figures)
@@ -122,7 +124,7 @@ def diversity(rows):
         p = np.unique(row, return_counts=True)[1] / len(row)
         entropy -= p @ np.log(p)
         grams = list(zip(row, row[1:], row[2:], row[3:]))
-        repetition += 1 - len(set(grams)) / (len(grams) or 1)
+        repetition += (len(grams) - len(set(grams))) / max(1, len(grams))
     return dict(entropy=entropy / len(rows), repetition=repetition / len(rows))
 
 
@@ -148,12 +150,12 @@ def real_rows(info, T):
     """For reverse_ppl: num_samples rows of validation text, or all if there are fewer, and as many
     of training text, in place of a perfect model's samples. Without the data set no rows, and a
     printed line that says why."""
-    def some(stream):
+    def some(stream, meta):
         rows = np.linspace(0, num_rows(stream, T) - 1, num_samples, dtype=int)
         return get_rows(stream, np.unique(rows), T, meta).tolist()
     try:
         _, meta, data = find_data(info)
-        return some(data['val']), some(data['train'])
+        return some(data['val'], meta), some(data['train'], meta)
     except UserError as error:
         print(f'no reverse perplexity, for want of real text: {error}')
         return [], []
@@ -188,7 +190,7 @@ def hub_judge(name, tokenizer, eos_id, device):
     def score(rows):
         for row in rows:
             text = ''
-            for is_eos, ids in groupby(row, eos_id.__eq__):
+            for is_eos, ids in groupby(row, lambda i: i == eos_id):
                 ids = list(ids)
                 text += hub_tokenizer.eos_token * len(ids) if is_eos else tokenizer.decode(ids)
             if text:

@@ -82,7 +82,7 @@ class NanoDuo(LM):
             n = min(how.get('max_gen_toks', 256), self.block_size // 2)
             prompt = self.context(prompt, n)
             options = self.options | dict(temperature=how.get('temperature') or 1e-4)
-            row, = generate(self.loaded, prompt, length=len(prompt) + n + 1, **options)
+            [row] = generate(self.loaded, prompt, length=len(prompt) + n + 1, **options)
             ids = row[len(prompt):][:n]
             if eos in ids:
                 ids = ids[:ids.index(eos)]

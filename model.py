@@ -162,7 +162,7 @@ class DiT(nn.Module):
         if config.n_embd % (2 * config.n_head):
             raise UserError(
                 f'n_embd ({config.n_embd}) must be a multiple of 2 * n_head ({2 * config.n_head}): '
-                f'RoPE turns pairs of channels in every head')
+                'RoPE turns pairs of channels in every head')
         self.config = config
         self.vocab_embed = EmbeddingLayer(config.vocab_size, config.n_embd)
         if not config.causal:
@@ -179,7 +179,8 @@ class DiT(nn.Module):
         x: ids (B,T); or ids (B,T,k) with weights (B,T,k), mixed in embedding space; or a float
         (B,T,K) distribution.
         sigma: (B,) or (B,1), -log(alpha); not used by a causal model.
-        cache: causal models only, n_layer lists, empty at first: x then holds only the new tokens.
+        cache: causal models only, n_layer lists, empty at first; from the second call on, x is one
+            token.
         """
         start = cache[0][0].size(2) if cache and cache[0] else 0
         head_dim = self.config.n_embd // self.config.n_head

@@ -88,11 +88,12 @@ def draw_gen(out_dirs):
         curves = {}
         for r in read_records(f'{out_dir}/gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
             # of equal settings the newest counts
-            curves.setdefault(r['sampler'], {})[r['steps'], r['temperature']] = r
-        for sampler, points in curves.items():
+            curve = curves.setdefault((r['sampler'], r['judge']), {})
+            curve[r['steps'], r['temperature']] = r
+        for (sampler, judge), points in curves.items():
             by_steps = [points[key] for key in sorted(points) if key[1] == 1]
             left.plot(*columns(by_steps, 'steps', 'gen_ppl'), 'o-',
-                      label=f'{out_dir}, {sampler}')
+                      label=f'{out_dir}, {sampler}, by {judge}')
             frontier = columns(points.values(), 'steps', 'entropy', 'gen_ppl')
             right.plot(*frontier[1:], 'o')
             for n, entropy, ppl in frontier.T:

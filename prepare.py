@@ -231,7 +231,7 @@ def end_validates(text, val_fraction):
     cut = len(raw[:round(len(raw) * (1 - val_fraction))].decode(errors='replace'))
     near = round(len(text) * min(val_fraction, 1 - val_fraction) / 2)
     for end in ('\n\n', '\n', ''):
-        place = text.rfind(end, cut - near, cut)
+        place = text.rfind(end, max(0, cut - near), cut)
         if place >= 0:
             break
     cut = place + len(end)
@@ -397,7 +397,7 @@ def write_tokens(folder, pieces, sizes, max_tokens, meta):
     """Write the token files of both splits, and their counts into meta. pieces: what encode_piece
     returns; sizes: bytes of each token. The document that reaches max_tokens is cut there."""
     files = [open(folder / f'{part}.bin', 'wb') for part in PARTS]
-    starts = [array('Q', [0]), array('Q', [0])]     # where documents begin, in tokens
+    starts = [array('q', [0]), array('q', [0])]     # where documents begin, in tokens
     counts = np.zeros((2, 3), int)                  # of each split: tokens, bytes, bytes by sizes
     for ends, val, size, ids in progress(pieces, 'tokenising'):
         part = int(val)
@@ -437,6 +437,9 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
     repo, _, val, _, usual, rule, detokeniser, _, _ = rules
     if repo and paths[1:]:
         raise UserError(f'{source} is a whole data set: prepare {paths[1]} by another command')
+    tokenizer = tokenizer or usual
+    if vocab_size and tokenizer != 'bpe':
+        raise UserError(f'--vocab_size is for a new BPE, not for --tokenizer={tokenizer}')
     if val == 'last' and max_tokens:
         raise UserError(f'the last documents of {source} validate: limit it by --max_docs')
     files = {}
@@ -456,7 +459,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         new = Path(scratch, 'new')
         new.mkdir()
         training = (text for val, text in documents() if not val)
-        meta = make_tokenizer(tokenizer or usual, vocab_size, training, new / 'tokenizer.json',
+        meta = make_tokenizer(tokenizer, vocab_size, training, new / 'tokenizer.json',
                               rule)
         meta.update(name=name, source=source, rule=rule)
         encode, _, size_of = load_tokenizer(meta, new)
@@ -486,6 +489,8 @@ def main():
     settings = configure(globals(), CHECKS, sys.argv[1:] or ['--help'], paths)
     # `datasets` would import torch, ask the network of a local file, warn of forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
+    if not paths:
+        raise UserError('what to prepare? A text, a folder, or a data set of --help')
     sets = [paths]
     if paths == ['zeroshot']:
         if settings['name']:

@@ -165,7 +165,7 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
     less diverse, the more so the larger redraws is.
     """
     alphas = ramp(alpha_min, alpha_max, steps + 1)
-    shares = redraws * ramp(2, 0, steps + 1) / (steps + 1)
+    shares = redraws * ramp(2, 0, steps + 1)[:-1] / (steps + 1)
     n_free = (~fixed).sum(-1, keepdim=True)                                # (B,1)
     for alpha, share in zip(alphas[:-1].tolist(), shares.tolist()):
         surprises = []
@@ -230,7 +230,7 @@ def denoise(loaded, xt, fixed=None, **options):
             return draw(shape_logits(logits[:, :vocab_size], **o), x)
         if is_masked:
             alpha = 1.0                  # that network is told no time: sigma = -log(1) = 0
-        sigma = -torch.log(torch.full(x.shape[:1], alpha, device=x.device))
+        sigma = torch.full(x.shape[:1], -math.log(alpha), device=x.device)
         xs = per_token(model, x, sigma, pick, [x])                         # (B,T)
         return torch.where(fixed, xt, xs)
 
@@ -258,6 +258,9 @@ def choose_sampler(info, options):
         takers = [key for key, fn in SAMPLERS.items() if name in inspect.signature(fn).parameters]
         if takers and o['sampler'] not in takers and o[name] != SAMPLER_OPTIONS[name]:
             raise UserError(f'--{name} is for --sampler={takers[0]}, not for {o["sampler"]}')
+    if o['alpha_min'] > o['alpha_max']:
+        raise UserError(f'--alpha_min={o["alpha_min"]} must not be above '
+                        f'--alpha_max={o["alpha_max"]}')
     if not o['top_p']:
         o['top_p'] = 0.9 if o['sampler'] == 'informed' else 1.0
     if o['greedy'] and objective != 'duo':
@@ -301,7 +304,7 @@ def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
     """xt (B,T), num_samples texts of each prompt, with noise around it and the suffix, and fixed
     (B,T), true where those stand. Rows in training begin with bos and end with eos, so a given
     beginning or end has it too."""
-    model, tokenizer, info = loaded
+    _, tokenizer, info = loaded
     data = info['data']
     length = text_length(info, length, len(prompts) * num_samples)
     if suffix and info['objective'] == 'ar':
@@ -470,7 +473,7 @@ def token_probs(loaded, text, alpha=0.95):
 def print_scores(loaded, lines):
     for line, nats, error in zip(lines, *score(loaded, lines, seed=seed)):
         bpb = nats / math.log(2) / max(1, len(line.encode()))
-        ppl = math.exp(nats / max(1, len(loaded.tokenizer.encode(line))))
+        ppl = math.exp(min(99, nats / max(1, len(loaded.tokenizer.encode(line)))))
         say(f'{nats:.2f} +- {error:.2f} nats, {bpb:.3f} bits per byte, PPL {ppl:.2f}: {line}')
 
 # --------------------------------------------------------------------------------------------------
@@ -534,17 +537,17 @@ def main():
     tasks = {name: settings.pop(name) for name in TASKS}     # named like functions here
     globals().update(settings)
     loaded = load(out_dir, device)
-    options = choose_sampler(loaded.info, {name: globals()[name] for name in SAMPLER_OPTIONS})
+    options = choose_sampler(loaded.info, {name: settings[name] for name in SAMPLER_OPTIONS})
     autocast = pick_dtype(dtype, pick_device(device))[1]
     if tasks['score']:
         with autocast:
             print_scores(loaded, read_lines(tasks['score']))
         return
+    if watch and not os.isatty(1):
+        raise UserError('--watch draws on a terminal, not into a pipe or a file')
     for path in filter(None, (html, out)):
         open(path, 'a').close()                          # it must not fail after the sampling
     lines = read_lines(prompts) if prompts else [tasks['infill'] or prompt]
-    if watch and not os.isatty(1):
-        raise UserError('--watch draws on a terminal, not into a pipe or a file')
     torch.manual_seed(seed)
     began = time.time()
     texts, calls = [], 0

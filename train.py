@@ -14,7 +14,6 @@ would take: python bench.py --plan, with the same settings.
 import copy
 import json
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -102,12 +101,12 @@ seed = 1337
 device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits the device
 compile = False              # torch.compile: pays from a few minutes of GPU time on
-backend = 'nccl'             # of torch.distributed; on CPU it is gloo
 
 CHECKS = [
-    ('max_iters eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
+    ('max_iters eval_interval log_interval keep_last batch_size eval_iters '
      'gradient_accumulation_steps n_layer n_head n_embd cond_dim',
      lambda v: 1 <= v < 10**8, 'from 1 to 99,999,999'),
+    ('dcd_rounds', lambda v: 1 <= v <= 1000, 'from 1 to 1,000'),
     ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
     ('warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
      'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),
@@ -166,7 +165,8 @@ def training_loss(model, x0, u, step, vocab_size, loss_fn, teacher=None, mask=No
     sigma = weights = None
     if objective == 'ar':
         x, args = x0[:, :-1], [x0[:, 1:]]
-        mask = mask if mask is None else mask[:, 1:]
+        if mask is not None:
+            mask = mask[:, 1:]
     elif objective == 'dcd':
         delta = min(1, 2 ** dcd_round(step) * dcd_delta)
         x, zs, sigma, sigma_s = consistency_pair(x0, u, delta, vocab_size)    # (B,T) x 2, (B,1) x 2
@@ -257,7 +257,7 @@ def score_gate():
     """The score that the gate asks for, of the newest checkpoint; -inf where there is none."""
     torch.cuda.empty_cache()                             # eval.py shares the GPU
     scored = run_on_model('eval.py', f'--lm_eval={gate.partition(" ")[0]}',
-                          *shlex.split(gate_options), stdout=subprocess.PIPE, text=True)
+                          *gate_options.split(), stdout=subprocess.PIPE, text=True)
     try:
         return float(json.loads(scored.stdout.splitlines()[-1])[gate])
     except (LookupError, TypeError, ValueError):         # it failed, or has other scores
@@ -271,7 +271,7 @@ def main():
     defaults = dict(globals())
     settings = configure(defaults, CHECKS)
     globals().update(settings)
-    dev, rank, world = start_distributed(pick_device(device), backend)
+    dev, rank, world = start_distributed(pick_device(device))
     dtype_name, autocast = pick_dtype(dtype, dev)
     master = rank == 0
     lock = log_file = wandb_run = None
@@ -322,7 +322,7 @@ def main():
         parts['teacher'] = teacher
     step, began = 0, time.monotonic()
     counts = torch.zeros(4, dtype=torch.float64, device=dev)
-    total, good, skipped, in_a_row = counts              # views: of losses, steps, skipped steps
+    total, good, skipped, in_a_row = counts              # views: losses; steps by kind
 
     # ---- resume
     if state:

@@ -7,7 +7,6 @@ out_dir = 'out-bytes'
 block_size = 256
 batch_size = 4
 max_iters = 3000
-curriculum_frac = 0.8
 gamma_max = -1.75
 cooldown_frac = 1 / 3
 eval_interval = 1000

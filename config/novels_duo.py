@@ -7,7 +7,6 @@
 out_dir = 'out-novels'
 dataset = 'novels'                   # 21M tokens of a BPE learnt from them, 4,096 in the vocabulary
 
-batch_size = 8
 block_size = 256
 
 n_layer = 4
@@ -15,7 +14,6 @@ n_head = 6
 n_embd = 192
 
 learning_rate = 2e-3
-muon_lr = 2e-3
 max_iters = 5000
 warmup_iters = 100
 ema_decay = 0.995

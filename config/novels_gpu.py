@@ -16,7 +16,6 @@ n_head = 6
 n_embd = 384
 
 learning_rate = 1.5e-3
-muon_lr = 2e-3
 max_iters = 2500
 warmup_iters = 100
 ema_decay = 0.998

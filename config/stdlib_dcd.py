@@ -10,4 +10,3 @@ optimizer = 'adamw'
 learning_rate = 3e-4
 warmup_iters = 50
 cooldown_frac = 0
-eval_interval = 500

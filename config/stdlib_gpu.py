@@ -4,7 +4,6 @@
 out_dir = 'out-stdlib-gpu'
 
 batch_size = 64
-gradient_accumulation_steps = 1
 block_size = 256
 
 n_layer = 8
@@ -17,11 +16,8 @@ optimizer = 'adamw'
 learning_rate = 1e-3
 max_iters = 4000
 warmup_iters = 200
-cooldown_frac = 0.4
 ema_decay = 0.998
 
 eval_interval = 1000
 eval_iters = 12
-log_interval = 50
-num_samples = 3
 compile = True

@@ -313,8 +313,9 @@ def test_damaged_weights_are_noticed(tmp_path):
     save_file({k: w.half() for k, w in weights.items()}, path)  # other code writes no checksum
     again, _ = load_model(tmp_path)
     assert {w.dtype for w in again.state_dict().values()} == {torch.float32}
-    (tmp_path / 'config.json').write_text('{')
-    refused(lambda: load_model(tmp_path), 'config.json', 'JSON')
+    for text in '{', '[]', '3':
+        (tmp_path / 'config.json').write_text(text)
+        refused(lambda: load_model(tmp_path), 'config.json', 'JSON')
 
 
 def test_what_is_not_ours_is_converted_first(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from helpers import TINY, good, one_line, run, run_here
-from plot import columns
+from plot import columns, draw_gen
 
 
 def is_picture(path):
@@ -39,6 +39,16 @@ def test_every_picture(runs, args, path):
     assert f'wrote {path}' in good(done)
     assert is_picture(runs / path)
     assert 'Glyph' not in done.stderr                          # control characters are dots
+
+
+def test_figures_of_two_judges_are_two_curves(tmp_path):
+    records = [dict(sampler='psi', judge=judge, steps=steps, temperature=1.0, gen_ppl=9.0,
+                    entropy=4.0)
+               for judge, steps in (('a', 8), ('a', 32), ('b', 32), ('b', 128))]
+    (tmp_path / 'gen.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    fig, _ = draw_gen([tmp_path])
+    curves = [line.get_xdata().tolist() for line in fig.axes[0].lines]
+    assert curves == [[8, 32], [32, 128]]
 
 
 @pytest.mark.parametrize('args, parts', [

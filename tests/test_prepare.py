@@ -223,6 +223,14 @@ def test_max_tokens_cuts_the_document_that_reaches_them(tmp_path):
     assert meta['train_documents'] == 1 + (ends < 5000).sum()            # nor is more read
 
 
+def test_the_end_of_a_text_without_lines_validates():
+    text = 1000 * '🙂' + 1000 * 'a b\n'
+    for share in (0.05, 0.5, 0.9):
+        (_, held), (_, rest) = prepare.end_validates(text, share)
+        assert rest + held == text
+        assert len(held.encode()) == pytest.approx(share * len(text.encode()), rel=0.3)
+
+
 @pytest.mark.parametrize('end', ['\n', '\n\n'])
 @pytest.mark.parametrize('tokenizer', ['bytes', 'bpe', *WITH_GPT2])
 def test_max_tokens_of_one_long_text(tmp_path, monkeypatch, tokenizer, end):
@@ -437,6 +445,9 @@ def test_tokenizers_that_are_not_to_be_had(tmp_path):
 
 def test_zeroshot_has_names_of_its_own(tmp_path):
     fails('--name', 'zeroshot', '--name', 'x', cwd=tmp_path)
+    fails('what to prepare', '--name', 'x', cwd=tmp_path)
+    fails('--vocab_size is for a new BPE', 'stdlib', '--vocab_size', '300', '--tokenizer', 'bytes',
+          cwd=tmp_path)
     assert not os.listdir(tmp_path)
 
 

@@ -431,7 +431,7 @@ def test_sample(work):
 
 
 @pytest.mark.parametrize('args, parts', [
-    (['--watch'], ['--watch', 'terminal', 'pipe']),
+    (['--watch', '--html=watched.html'], ['--watch', 'terminal', 'pipe']),
     (['--steps=0'], ['--steps']),
     (['--temperature=0'], ['--temperature']),
     (['--top_p=1.5'], ['--top_p']),
@@ -454,10 +454,12 @@ def test_sample(work):
     (['--infill=[[999999999999]]'], ['tokens are too many']),
     (['--out=no/such/file', '--steps=1000000'], ['no/such/file']),   # before it samples
     (['--html=no/such/file', '--steps=1000000'], ['no/such/file']),
+    (['--alpha_min=0.995'], ['--alpha_min', '--alpha_max=0.99']),
     (['--sampler=commit'], ['--sampler', 'ancestral, psi, informed']),
     (['--stpes=3'], ['did you mean steps'])])
 def test_sample_refuses_in_one_line(work, args, parts):
     one_line(run_here(work, 'sample.py', '--steps=1', '--num_samples=1', *args), *parts)
+    assert not (work / 'watched.html').exists()
 
 
 def test_a_mistake_is_one_line_on_stderr(work):
