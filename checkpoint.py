@@ -333,11 +333,10 @@ def check_start(source, info, kind, meta):
         raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
     difference = tokenizer_difference(info['data'], meta)
     if difference:
-        tokenizer = info['data']['tokenizer']
-        if info['data'].get('tokenizer_sha256'):
-            tokenizer = f'{info["folder"]}/tokenizer.json'
         raise UserError(f'{source} has another tokenizer than the data ({difference}): prepare the '
-                        f'text with python prepare.py TEXT --tokenizer={tokenizer}')
+                        f'text with python prepare.py TEXT --tokenizer={info["folder"]}/'
+                        'tokenizer.json, or if that is not there, '
+                        f'--tokenizer={info["data"]["tokenizer"]}')
 
 
 def check_packages(**wanted):

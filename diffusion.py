@@ -202,7 +202,7 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
 
     The bound sums, over the tokens j that xt might come from, w_j (u_j - 1 - log u_j): w_j is the
     true rate, u_j the model's rate over the true one. It is the paper's in another order: no term
-    is negative, so nothing cancels.
+    is negative, so no digits cancel in the sum.
     """
     K = logits.size(-1)
     p = logits.softmax(-1, dtype=float32_at_least(logits))
@@ -215,13 +215,16 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
     rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
 
-    # all tokens but xt, whose u is 1, and x0: excess = u - 1
+    # all tokens but xt, whose u is 1, and x0: excess = u - 1; where that rounds to -1, u is still at
+    # least low / rate_t
     true_rate = torch.where(same, ratio, 1)
+    least = low / rate_t
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
     excess = torch.addcmul(offset, p, K_alpha / (true_rate * rate_t))                # (...,K)
     excess = set_tokens(excess, xt, 0)
     excess = set_tokens(excess, x0, 0)
-    others = true_rate * (excess - torch.log1p(excess)).sum(-1, keepdim=True)
+    log_u = torch.log1p(excess).clamp_(min=least.log())
+    others = true_rate * (excess - log_u).sum(-1, keepdim=True)
     # x0, whose true rate is 1 / ratio where it is not xt
     u = ratio * rate_0 / rate_t
     clean = torch.where(same, 0, (u - 1 - torch.log(u)) / ratio)
@@ -230,7 +233,8 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
         return loss, None
 
     # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
-    share = torch.div(p, excess.add_(1), out=excess)
+    u = excess.add_(1).clamp_(min=least)
+    share = torch.div(p, u, out=u)
     share = set_tokens(share, x0, p_0 * rate_t / (ratio * rate_0))
     at_t = torch.where(same, (1 - p_t) / high, -p_t / low)
     share = set_tokens(share, xt, p_t + p_t * K * K_alpha / rate_t * at_t)

@@ -103,10 +103,10 @@ dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits t
 compile = False              # torch.compile: pays from a few minutes of GPU time on
 
 CHECKS = [
-    ('max_iters eval_interval log_interval keep_last batch_size eval_iters '
+    ('max_iters eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
      'gradient_accumulation_steps n_layer n_head n_embd cond_dim',
      lambda v: 1 <= v < 10**8, 'from 1 to 99,999,999'),
-    ('dcd_rounds', lambda v: 1 <= v <= 1000, 'from 1 to 1,000'),
+    ('dcd_rounds', lambda v: v <= 1000, 'at most 1,000'),
     ('seed', lambda v: 0 <= v < 2**64, 'from 0 to 2^64 - 1'),
     ('warmup_iters learning_rate muon_lr grad_clip checkpoint_interval checkpoint_minutes '
      'max_bad_steps weight_decay num_samples', lambda v: v >= 0, 'at least 0'),

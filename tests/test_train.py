@@ -116,7 +116,7 @@ def test_an_older_run_is_set_aside_not_overwritten(work, tmp_path):
     (['--init_from=resume'], ['no checkpoint in never']),
     (['--init_from=out', '--objective=ar'], ['out is a network for duo, not for ar']),
     (['--init_from=out', '--dataset=bpe'],
-     ['vocab_size 256 and 300', 'bytes and bpe', '--tokenizer=bytes']),
+     ['vocab_size 256 and 300', 'bytes and bpe', 'out/tokenizer.json', '--tokenizer=bytes']),
     ([f'--seed={2**64}'], ['seed']),
     ([f'--batch_size={10**9}'], ['batch_size']),
     (['--device=cpu:abc'], ['cpu:abc']),
