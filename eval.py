@@ -177,7 +177,8 @@ def our_judge(folder, info, device):
 def hub_judge(name, tokenizer, eos_id, device):
     """The same by a Hugging Face causal LM, by the published evaluation's rules: samples are
     decoded, tokenised anew by its own tokenizer and cut to its context; of end-of-text tokens only
-    the first is scored."""
+    the first is scored. (The transformers of that time also took out spaces before punctuation.)
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         hub_tokenizer = AutoTokenizer.from_pretrained(name)

@@ -16,6 +16,7 @@ n_embd = 768
 cond_dim = 128
 dropout = 0.1
 
+# the window of noise is the authors': sigmoid(gamma) from 0.03 to 0.15
 curriculum_frac = 0.5                # the first half of the run
 tau = 1e-3
 gamma_min = -3.5

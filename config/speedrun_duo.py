@@ -2,8 +2,10 @@
 # GPUs of 80 GB. Neither run nor tuned. For 8 H100, bench.py simulates 42 minutes for all steps,
 # compiled and at best, and 96 eager:
 #     python bench.py --plan config/speedrun_duo.py --gpus=8 --gpu=h100
-# To compare, minutes to 27.5% on 8 H100 by the records of speedrun-dlm (not checked here): masked
-# diffusion 12, Duo 43, Duo with the authors' top-k curriculum 80.
+# The records of speedrun-dlm (not checked here), minutes to 27.5% on 8 H100: masked diffusion 12,
+# Duo 43, Duo with the authors' top-k curriculum 80. They are of another text, FineWeb, and of the
+# mean of ten runs, confirmed by the next measurement; here the first score of one run counts, which
+# comes earlier.
 #     pip install lm_eval && python prepare.py fineweb_edu
 #     torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
 from pathlib import Path
