@@ -124,7 +124,7 @@ def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_mem
           'not counted: validation, checkpoints, the exchange of gradients between GPUs')
     if train.compile:                                    # head_loss compiles the loss itself
         for m in filter(None, (model, teacher)):
-            m.hidden = torch.compile(m.hidden)
+            m.hidden = torch.compile(m.hidden, dynamic=False)
 
     def micro_batch(step):
         with autocast:

@@ -37,9 +37,9 @@ def run_script(script, *arguments, **options):
 
 
 def catch_signals():
-    """SIGTERM, Ctrl-C (SIGINT) and SIGUSR1 from now on do no more than note their number in
-    .caught, 0 until then, and say that .doing is finished first: words, to be kept up to date. A
-    second SIGTERM or SIGINT, or any while .doing is empty, ends the process."""
+    """SIGTERM, Ctrl-C (SIGINT), SIGHUP (a closed terminal) and SIGUSR1 from now on do no more than
+    note their number in .caught, 0 until then, and say that .doing is finished first: words, to be
+    kept up to date. A second one but SIGUSR1, or any while .doing is empty, ends the process."""
     noted = SimpleNamespace(caught=0, doing='the step')
 
     def on_signal(number, frame):
@@ -54,8 +54,9 @@ def catch_signals():
         if at_once:
             sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:    # as by nohup
+            signal.signal(number, on_signal)
     return noted
 
 
@@ -111,7 +112,8 @@ def start_distributed(device):
         device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         torch.cuda.set_device(device)
         device_id = torch.device(device)                 # NCCL connects now, and need not guess it
-    dist.init_process_group(backend, device_id=device_id)
+    # NCCL gives up after the timeout: the others wait for the first process's checkpoints
+    dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
     global control
     # does not wait for the GPU, but for a first process that scores for long
     control = dist.new_group(backend='gloo', timeout=timedelta(days=1))

@@ -425,7 +425,7 @@ def main():
     if compile and not eval_only and step < max_iters:
         say('compiling: some minutes')
         for m in filter(None, [model, teacher]):
-            m.hidden = torch.compile(m.hidden)
+            m.hidden = torch.compile(m.hidden, dynamic=False)
         try:                                             # now: it must not fail after days
             accumulate_gradients(step)
             accumulate_gradients(max_iters - 1)          # after the curriculum

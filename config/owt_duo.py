@@ -33,7 +33,8 @@ warmup_iters = 2500
 cooldown_frac = 0
 ema_decay = 0.9999
 
-eval_interval = 5000
+eval_interval = 5000                 # each 20 minutes (an estimate), with a checkpoint
+checkpoint_minutes = 30
 eval_iters = 64
 log_interval = 100
 compile = True

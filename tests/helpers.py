@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # that a run catches
 TINY = ('--dataset=tiny --batch_size=4 --block_size=32 --n_layer=1 --n_head=2 --n_embd=32 '
         '--cond_dim=16 --dropout=0.1 --max_iters=12 --curriculum_frac=0.5 --eval_interval=4 '
         '--eval_iters=2 --log_interval=1 --warmup_iters=2 --cooldown_frac=0 --num_samples=1 '
@@ -38,7 +39,7 @@ def run_here(folder, script, *args):
     start_others = lambda command, **more: (
         None if str(command[1]).endswith('plot.py') else start(command, **more))
     argv, cwd = sys.argv, os.getcwd()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in SIGNALS}
     sys.argv = [str(script), *map(str, args)]
     os.chdir(folder)
     try:

@@ -73,7 +73,7 @@ def train_steps(name, device, dtype, compiled=False):
     train.compile = compiled                             # as train.py does: the loss, and the trunk
     if compiled:
         for m in filter(None, (model, teacher)):
-            m.hidden = torch.compile(m.hidden)
+            m.hidden = torch.compile(m.hidden, dynamic=False)
     generator = torch.Generator().manual_seed(1)
     x0 = (torch.randn(B, T, generator=generator).abs() * K / 4).long() % K   # some are frequent
     x0 = x0.to(device)

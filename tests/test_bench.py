@@ -147,7 +147,7 @@ def test_the_selftest_compiles(monkeypatch):
     monkeypatch.setattr(train, 'compile', False)         # the selftest sets it
     compiled = []
     wrapped = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or wrapped(f))
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: compiled.append(f) or wrapped(f, **how))
     assert 'float32 on the CPU' in selftest.compare_training('ar', 'cpu', 'bfloat16', True, {})
     assert {f.__name__ for f in compiled} == {'hidden', 'loss_and_grad'}
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from checkpoint import load_state, step_files
-from helpers import (ROOT, TINY, checkpoint, equal, good, log, one_line, project_with, rewind,
-                     run, run_here, run_ranks, wrapped_loss)
+from device import catch_signals
+from helpers import (ROOT, SIGNALS, TINY, checkpoint, equal, good, log, one_line, project_with,
+                     rewind, run, run_here, run_ranks, wrapped_loss)
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 QUICK = [*TINY, '--num_samples=0']
@@ -33,15 +34,16 @@ def wait_for_a_step(process):
 
 
 def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
-    """SIGTERM, SIGINT, SIGUSR1, one after the other: each leaves a checkpoint, and the run is bit
-    for bit the run."""
+    """All that are caught, one after the other: each leaves a checkpoint, and the run is bit for
+    bit the run."""
     args = [*QUICK, '--max_iters=300', '--eval_interval=125', '--log_interval=5',
             '--init_from=auto']
     good(run_here(work, 'train.py', *args, '--out_dir=calm'))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         train = subprocess.Popen(
             [sys.executable, ROOT / 'train.py', *args, '--out_dir=stormy'], cwd=work, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))   # or nohup's
         wait_for_a_step(train)
         train.send_signal(number)
         said = train.stdout.read()
@@ -53,6 +55,18 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
     steps = [json.loads(line)['step'] for line in open(work / 'stormy' / 'log.jsonl')]
     assert steps == sorted([*range(5, 301, 5), 125, 250, 300])           # none twice, none lost
     assert log(work / 'calm', 'val_loss') == log(work / 'stormy', 'val_loss')
+
+
+def test_nohup_stays():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_second_signal_stops_at_once(work, tmp_path):
