@@ -215,8 +215,8 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
     rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
 
-    # all tokens but xt, whose u is 1, and x0: excess = u - 1; where that rounds to -1, u is at least
-    # low / rate_t
+    # all tokens but xt, whose u is 1, and x0: excess = u - 1. Where that rounds to -1, u is not 0
+    # but at least low / rate_t
     true_rate = torch.where(same, ratio, 1)
     least = low / rate_t
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
