@@ -39,13 +39,14 @@ def run_script(script, *arguments, **options):
 def catch_signals():
     """SIGTERM, Ctrl-C (SIGINT), SIGHUP (a closed terminal) and SIGUSR1 from now on do no more than
     note their number in .caught, 0 until then, and say that .doing is finished first: words, to be
-    kept up to date. A second one but SIGUSR1, or any while .doing is empty, ends the process."""
+    kept up to date. A second SIGTERM or SIGINT, or any while .doing is empty, ends the process."""
     noted = SimpleNamespace(caught=0, doing='the step')
 
     def on_signal(number, frame):
         # torchrun sends one again to processes that have had it: there a second means nothing
         torchrun = dist.is_initialized()
-        first = noted.caught in (0, signal.SIGUSR1) or number == signal.SIGUSR1
+        repeated = (0, signal.SIGUSR1, signal.SIGHUP)    # a shell and the system each send SIGHUP
+        first = noted.caught in repeated or number in repeated
         at_once = not noted.doing or not first and not torchrun
         noted.caught = number
         hint = '' if torchrun else '; a second signal stops at once'
@@ -109,7 +110,11 @@ def start_distributed(device):
     backend, device_id = 'gloo', None
     if device.startswith('cuda'):
         backend = 'nccl'
-        device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
+        number, n_gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if number >= n_gpus:
+            raise UserError(f'a process for each GPU: torch sees {n_gpus}, so --nproc_per_node='
+                            f'{n_gpus} at most')
+        device = f'cuda:{number}'
         torch.cuda.set_device(device)
         device_id = torch.device(device)                 # NCCL connects now, and need not guess it
     # NCCL gives up after the timeout: the others wait for the first process's checkpoints

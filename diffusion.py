@@ -64,11 +64,11 @@ def transform(gamma, vocab_size):
 
 def describe_window(gamma_min, gamma_max, vocab_size):
     """The curriculum's window of noise in words: the same gammas mean less noise for a smaller
-    vocabulary. UserError if the window is empty, or so wide that alpha rounds to 1 or to 0."""
+    vocabulary. UserError if the window is empty, or so wide that alpha is 1 or 0 as computed."""
     first, last = transform(torch.tensor([gamma_min, gamma_max]), vocab_size)[0].tolist()
-    if not 1e-9 < last < first < 1 - 1e-9:
-        raise UserError(f'--gamma_min={gamma_min} and --gamma_max={gamma_max}: alpha must fall '
-                        f'between 1 and 0, not from {first:.9g} to {last:.9g}')
+    if not 0 < last < first < 1:
+        raise UserError(f'--gamma_min={gamma_min} must be below --gamma_max={gamma_max}, and '
+                        'neither so far out that alpha is 1 or 0')
     hint = ': little noise, try a higher --gamma_max' if last > 0.5 else ''
     return f'alpha from {first:.3f} to {last:.3f}{hint}'
 
@@ -215,15 +215,15 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
     rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
 
-    # all tokens but xt, whose u is 1, and x0: excess = u - 1. Where that rounds to -1, u is not 0
-    # but at least low / rate_t
+    # all tokens but xt, whose u is 1, and x0: excess = u - 1. Where it rounds to -1, log u is taken
+    # of the least u there can be
     true_rate = torch.where(same, ratio, 1)
-    least = low / rate_t
+    scaled = true_rate * rate_t
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
-    excess = torch.addcmul(offset, p, K_alpha / (true_rate * rate_t))                # (...,K)
+    excess = torch.addcmul(offset.clamp(min=-1), p, K_alpha / scaled)                # (...,K)
     excess = set_tokens(excess, xt, 0)
     excess = set_tokens(excess, x0, 0)
-    log_u = torch.log1p(excess).clamp_(min=least.log())
+    log_u = torch.log1p(excess).clamp_(min=torch.log(low / rate_t))
     others = true_rate * (excess - log_u).sum(-1, keepdim=True)
     # x0, whose true rate is 1 / ratio where it is not xt
     u = ratio * rate_0 / rate_t
@@ -233,7 +233,7 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
         return loss, None
 
     # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
-    u = excess.add_(1).clamp_(min=least)
+    u = torch.addcmul(low / scaled, p, K_alpha / scaled, out=excess)
     share = torch.div(p, u, out=u)
     share = set_tokens(share, x0, p_0 * rate_t / (ratio * rate_0))
     at_t = torch.where(same, (1 - p_t) / high, -p_t / low)

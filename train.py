@@ -57,7 +57,7 @@ init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a 
 num_samples = 3              # texts to print at the end
 gate = ''                    # 'hellaswag acc_norm', or another score that eval.py --lm_eval prints:
 gate_score = 1.0             # a validation that finds it as high as this ends the run
-gate_options = ''            # of eval.py then, like '--max_rows=1000 --dtype=auto'
+gate_options = ''            # of eval.py then, like '--max_rows=1000 --dtype=auto'; no quotes
 # --- wandb
 wandb_log = False
 wandb_project = 'nanoduo'

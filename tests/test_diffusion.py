@@ -310,15 +310,15 @@ def test_nelbo_and_grad_against_autograd_of_nelbo(K, dtype, tolerance):
 @pytest.mark.parametrize('alpha', [0.5, 0.999, 0.99999])
 def test_the_bound_of_a_network_that_is_sure_of_a_wrong_token(alpha):
     """There the model's rates from the other tokens are less than float32 can add to 1."""
-    K = 50_257
-    xt, x0 = torch.tensor([3]), torch.tensor([5])
-    logits = torch.randn(1, K)
-    logits[0, 3] = 30
-    times = torch.tensor([alpha], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
-    exact, exact_grad = nelbo_and_grad(logits.double(), xt, x0, *times, torch.ones(1))
-    loss, grad = nelbo_and_grad(logits, xt, x0, *times, torch.ones(1))
+    K, n = 50_257, 90
+    xt, x0 = torch.full((n,), 3), torch.full((n,), 5)
+    logits = torch.randn(n, K)
+    logits[:, 3] = torch.linspace(11, 30, n)
+    times = torch.full((n,), alpha, dtype=torch.float64), -torch.ones(n, dtype=torch.float64)
+    exact, exact_grad = nelbo_and_grad(logits.double(), xt, x0, *times, torch.ones(n))
+    loss, grad = nelbo_and_grad(logits, xt, x0, *times, torch.ones(n))
     assert relative(loss.double(), exact) < 1e-4
-    assert relative(grad[0, 5].double(), exact_grad[0, 5]) < 1e-4
+    assert relative(grad[:, 5].double(), exact_grad[:, 5]) < 1e-4
     assert grad.isfinite().all()
 
 

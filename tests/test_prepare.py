@@ -223,7 +223,7 @@ def test_max_tokens_cuts_the_document_that_reaches_them(tmp_path):
     assert meta['train_documents'] == 1 + (ends < 5000).sum()            # nor is more read
 
 
-def test_the_end_of_a_text_without_lines_validates():
+def test_the_end_of_a_text_validates_whatever_its_bytes():
     text = 1000 * '🙂' + 1000 * 'a b\n'
     for share in (0.05, 0.5, 0.9):
         (_, held), (_, rest) = prepare.end_validates(text, share)

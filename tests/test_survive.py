@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from checkpoint import load_state, step_files
-from device import catch_signals
+from configurator import UserError
+from device import catch_signals, start_distributed
 from helpers import (ROOT, SIGNALS, TINY, checkpoint, equal, good, log, one_line, project_with,
                      rewind, run, run_here, run_ranks, wrapped_loss)
 
@@ -57,16 +58,30 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(work):
     assert log(work / 'calm', 'val_loss') == log(work / 'stormy', 'val_loss')
 
 
-def test_nohup_stays():
+def test_a_closed_terminal_and_nohup():
+    """A shell and the system each send SIGHUP, which is one reason to stop; nohup ignores it."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        noted = catch_signals()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert noted.caught == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         catch_signals()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert callable(signal.getsignal(signal.SIGTERM))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv('RANK', '2')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match='torch sees 2, so --nproc_per_node=2'):
+        start_distributed('cuda')
 
 
 def test_a_second_signal_stops_at_once(work, tmp_path):
