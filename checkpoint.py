@@ -6,7 +6,7 @@ out_dir/model.safetensors   the EMA weights, and
 out_dir/config.json         all else that sampling, evaluating or sharing needs, with
 out_dir/tokenizer.json      where the tokenizer has a file
 out_dir/log.jsonl           a line of numbers at each log and validation
-out_dir/samples.txt         a text at each validation
+out_dir/samples.txt         a text at each validation but the last
 out_dir/README.md           the model card, with
 out_dir/curve.png           the losses
 out_dir/lock                held by the run that is at work here; names it

@@ -56,7 +56,7 @@ def configure(g, checks=(), argv=None, paths=None):
         globals().update(configure(globals(), CHECKS))
 
     Arguments act strictly left to right:
-        config/owt.py   plain Python that sees the settings and sets them; looked up in the working
+        config/x.py     plain Python that sees the settings and sets them; looked up in the working
                         directory, then beside the script. Modules, functions, classes and _names
                         are free, any other new name is an error
         --key=value     or --key value, or --flag for a bool; dashes in a key are underscores

@@ -6,10 +6,10 @@ The authors' checkpoints into our format, and ours into theirs:
     python convert.py --export out theirs              # for their DUO.from_pretrained
 
 Theirs is a folder or hub repository with config.json and model.safetensors, or a Lightning .ckpt,
-of a Duo, UDLM, MDLM or AR model. What config.json does not say is read off the tensors' shapes, or
-assumed and printed; --objective says what a .ckpt is, which has no config.json. A .ckpt is a
-pickle: nothing in it is executed, and one that asks for more than settings and tokenizers is
-refused.
+of a Duo or UDLM (--objective=duo), or, with GPT-2's tokens, of an MDLM or AR model. What
+config.json does not say is read off the tensors' shapes, or assumed and printed; --objective says
+what a .ckpt is, which has no config.json. A .ckpt is a pickle: nothing in it is executed, and one
+that asks for more than settings and tokenizers is refused.
 """
 import argparse
 import re

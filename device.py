@@ -39,7 +39,8 @@ def run_script(script, *arguments, **options):
 def catch_signals():
     """SIGTERM, Ctrl-C (SIGINT), SIGHUP (a closed terminal) and SIGUSR1 from now on do no more than
     note their number in .caught, 0 until then, and say that .doing is finished first: words, to be
-    kept up to date. A second SIGTERM or SIGINT, or any while .doing is empty, ends the process."""
+    kept up to date. A second SIGTERM or SIGINT, but for torchrun's, or any while .doing is empty,
+    ends the process."""
     noted = SimpleNamespace(caught=0, doing='the step')
 
     def on_signal(number, frame):

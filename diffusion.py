@@ -3,9 +3,9 @@ The maths of Duo that does not depend on the training step: noise, the diffusion
 losses, and reverse steps.
 
 "The Diffusion Duality" (arXiv 2506.10892; equations are numbered as in its v3). A token is noised
-by keeping it with probability alpha and else drawing one of all K tokens; the same process falls
-out of a Gaussian one by argmax (the duality, eq. 13), so a Gaussian's softmax can stand in for its
-argmax while training: the curriculum.
+by keeping it with probability alpha and else drawing one of all K tokens. The argmax of a Gaussian
+process is the same process (the duality, eq. 13), so training can use its softmax instead: the
+curriculum.
 
 Shapes: B batch, T tokens, K vocabulary, C channels. Ids are int64; losses are in nats; alpha,
 dalpha and gamma are (B,1), or anything that broadcasts against (B,T). Randomness is torch's default

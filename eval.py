@@ -13,7 +13,8 @@ A diffusion model gets an upper bound of its NLL, an autoregressive one the exac
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
 and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options; the
 sampler is the one that papers report, ancestral, unless another is named. The last line printed is
-JSON; --gen_ppl also appends one line per trial to out_dir/gen.jsonl, which plot.py --gen draws.
+JSON; --gen_ppl also appends one line per trial to out_dir/gen.jsonl (of hf:org/name, ./gen.jsonl),
+which plot.py --gen draws.
 """
 import json
 import math

@@ -80,7 +80,7 @@ def rotate_half(x, rotary):
 
 
 def zero_linear(n_in, n_out):
-    """A linear layer that starts at zero: so does what a block or the network adds."""
+    """A linear layer that starts at zero, so that blocks add nothing at first."""
     layer = nn.Linear(n_in, n_out)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -2,9 +2,9 @@
 The optimiser Muon, and what treats all optimisers of a run alike: rates, clipping, steps that are
 skipped, resuming; and the average of the weights (EMA).
 
-Muon (Keller Jordan, 2024) is for the matrices inside the blocks. Its update is the Nesterov
+Muon (Keller Jordan, 2024) is for the matrices of attention and MLPs. Its update is the Nesterov
 momentum with all directions made equally strong, so that rare ones are learnt, too.
-torch.optim.Muon is the same in bfloat16, which most CPUs emulate slowly.
+torch.optim.Muon (match_rms_adamw) is the same in bfloat16, which most CPUs emulate slowly.
 """
 import math
 

@@ -7,7 +7,8 @@ Text -> token files: data/NAME/{train,val}.bin and meta.json (data.py says what 
     python prepare.py book.txt                        # your text: of one file, the end validates
     python prepare.py notes/ more.txt --name notes    # of many files, one in twenty
     python prepare.py dumps/*.jsonl.gz --name dumps --text_key body --tokenizer gpt2
-    python prepare.py hf:org/name --tokenizer bert    # of the hub; or hf:org/name/some/*.parquet
+    python prepare.py hf:org/name --tokenizer bert    # of the hub
+    python prepare.py 'hf:org/name/some/*.parquet' --name some
 
 A named file may be any UTF-8 text, or hold one document per record: .jsonl, .jsonl.gz, .jsonl.zst
 or .parquet. Of a folder, every .txt, .md and record file is taken, at any depth.

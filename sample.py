@@ -64,7 +64,7 @@ SAMPLER_OPTIONS = dict(
     psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published for a Duo, 256 steps:
     eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
     redraws=1.5,             # informed: how often a token is redrawn on average; more: less diverse
-    alpha_min=0.8,           # informed: how clean a text it is taken for, at first
+    alpha_min=0.8,           # informed: the alpha that it takes the text for, at first
     alpha_max=0.99,          # and at last
 )
 # --- where to

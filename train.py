@@ -54,9 +54,9 @@ log_interval = 50
 eval_only = False            # validate once and stop
 init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a folder, hf:org/name;
                              # 'auto': resume if possible, else scratch; 'auto:MODEL': else MODEL
-num_samples = 3              # texts to print at the end
+num_samples = 3              # texts to print at the end; 0: none, and none in samples.txt
 gate = ''                    # 'hellaswag acc_norm', or another score that eval.py --lm_eval prints:
-gate_score = 1.0             # a validation that finds it as high as this ends the run
+gate_score = 1.0             # the run ends once a validation scores this high
 gate_options = ''            # of eval.py then, like '--max_rows=1000 --dtype=auto'; no quotes
 # --- wandb
 wandb_log = False
@@ -82,9 +82,9 @@ gamma_max = -2.25
 curriculum_k = 5             # tokens mixed at each position
 dcd_rounds = 5               # distillation: the teacher is renewed at the start of each round
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each doubles it, up to 1
-dcd_ema_teacher = False      # it becomes the student's EMA (Algorithm 2), not the student
+dcd_ema_teacher = False      # the new teacher: the student's EMA (Algorithm 2), not the student
 # --- optimiser
-optimizer = 'muon'           # for the matrices of the blocks, AdamW for all else; 'adamw': only it
+optimizer = 'muon'           # for attention and MLPs, AdamW for all else; 'adamw': only it
 learning_rate = 3e-3         # of AdamW
 muon_lr = 2e-3               # of Muon, on AdamW's scale: its updates have the same size
 max_iters = 1500
@@ -94,13 +94,14 @@ weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0              # 0 for none
-max_bad_steps = 20           # steps without finite gradients are skipped; more in a row end the run
+max_bad_steps = 20           # steps without finite gradients are skipped; more in a row, at a log,
+                             # end the run
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
 device = 'auto'              # 'cuda', 'cpu', or the best there is
 dtype = 'auto'               # 'bfloat16', 'float16', 'float32', or what suits the device
-compile = False              # torch.compile: pays from a few minutes of GPU time on
+compile = False              # torch.compile takes minutes: for long runs on a GPU
 
 CHECKS = [
     ('max_iters eval_interval log_interval keep_last dcd_rounds batch_size eval_iters '
@@ -395,8 +396,8 @@ def main():
 
     def accumulate_gradients(step):
         """Backward through this process's share of the step's micro-batches; returns the mean loss
-        of all. A micro-batch is the unit of randomness: its rows, times, noise and dropout come
-        from (seed, step, m), so a run is the same on any number of processes."""
+        of all. A micro-batch is the unit of randomness: its noise and dropout come from (seed,
+        step, m), so a run is the same on any number of processes."""
         mean = torch.zeros((), device=dev)
         offset = np.random.default_rng([seed, step]).random()            # stratifies all times
         for m in range(rank, gradient_accumulation_steps, world):

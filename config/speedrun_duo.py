@@ -3,9 +3,9 @@
 # compiled and at best, and 96 eager:
 #     python bench.py --plan config/speedrun_duo.py --gpus=8 --gpu=h100
 # The records of speedrun-dlm (not checked here), minutes to 27.5% on 8 H100: masked diffusion 12,
-# Duo 43, Duo with the authors' top-k curriculum 80. They are of another text, FineWeb, and of the
-# mean of ten runs, confirmed by the next measurement; here the first score of one run counts, which
-# comes earlier.
+# Duo 43, Duo with the authors' top-k curriculum 80. They are for another text, FineWeb, and the
+# mean of ten runs had to stay there at the next measurement; here the first such score of one run
+# counts, so it ends earlier.
 #     pip install lm_eval && python prepare.py fineweb_edu
 #     torchrun --nproc_per_node=8 train.py config/speedrun_duo.py
 from pathlib import Path
