@@ -368,11 +368,9 @@ def head_loss(h, weight, bias, loss_fn, args, mask=None, grad_scale=1.0, compile
     h, weights, *args = flatten_tokens(h, mask, *args)
     weights = weights.to(float32_at_least(h))
     weights = weights / weights.sum().clamp(min=1e-9)
-    differentiate = loss_and_grad
-    if compile:
-        differentiate = torch.compile(loss_and_grad, dynamic=False)
-    differentiate = partial(differentiate, loss_fn)
-    return HeadLoss.apply(h, weight, bias, differentiate, weights, grad_scale, *args)
+    differentiate = torch.compile(loss_and_grad, dynamic=False) if compile else loss_and_grad
+    return HeadLoss.apply(
+        h, weight, bias, partial(differentiate, loss_fn), weights, grad_scale, *args)
 
 
 @torch.no_grad()

@@ -460,8 +460,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         new = Path(scratch, 'new')
         new.mkdir()
         training = (text for val, text in documents() if not val)
-        meta = make_tokenizer(tokenizer, vocab_size, training, new / 'tokenizer.json',
-                              rule)
+        meta = make_tokenizer(tokenizer, vocab_size, training, new / 'tokenizer.json', rule)
         meta.update(name=name, source=source, rule=rule)
         encode, _, size_of = load_tokenizer(meta, new)
         dtype = token_dtype(meta['vocab_size'])
