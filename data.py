@@ -253,7 +253,7 @@ def likelihood_figures(nats, objective, stream, rows, block_size, split):
     if not math.isfinite(loss):
         raise UserError(f'the {split} loss is {loss}: no figures')
     error = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else math.nan
-    tokens, _, sizes = stream
+    tokens, _, sizes, *_ = stream
     begin, length = spans(stream, rows, block_size)
     text_bytes = sum(sizes[tokens[i:i + n]].sum() for i, n in zip(begin, length)).item()
     edges = 1 if objective == 'ar' else 2                       # AR is given the first of a row

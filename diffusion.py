@@ -406,7 +406,7 @@ def token_nll(model, x0, t, vocab_size, objective, seeds, fixed=None):
     xt, sigma = map(torch.cat, zip(*rows))               # (B,T), (B,1)
     if fixed is not None:
         xt = torch.where(fixed, x0, xt)
-    loss_fn = nelbo if objective == 'duo' else partial(mdlm_nelbo, mask_id=vocab_size)
+    loss_fn = dict(duo=nelbo, mdlm=partial(mdlm_nelbo, mask_id=vocab_size))[objective]
     return per_token(model, xt, sigma, loss_fn, [xt, x0, alpha, dalpha])
 
 
@@ -464,7 +464,7 @@ def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):
     predicted = kappa * (alpha_s - alpha_t) + (1 - kappa) * alpha_s * (1 - alpha_t)
     u = torch.rand_like(xt, dtype=torch.float64) * total
     uniform = torch.randint_like(xt, K)
-    moved = torch.where(u < stay + predicted, categorical(p), uniform)
+    moved = torch.where(u <= stay + predicted, categorical(p), uniform)
     return torch.where(u < stay, xt, moved)
 
 

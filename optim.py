@@ -98,7 +98,7 @@ def load_optimizer(optimizer, saved):
     for parameter, moments in optimizer.state.items():
         if not needed <= moments.keys():
             raise ValueError(f"the optimiser's state lacks {', '.join(needed - moments.keys())}")
-        if any(moment.shape not in ((), parameter.shape) for moment in moments.values()):
+        if any(moments[part].shape != parameter.shape for part in needed):
             raise ValueError("the optimiser's state has other shapes than the weights")
         if moments.get('step', 0) < 0:
             raise ValueError("the optimiser's state is of a negative step")

@@ -303,8 +303,9 @@ def main():
         trained, info = load_model(start)
         check_start(start, info, kind, meta)
         sizes = info['model']
-    if settings['init_from'] != 'scratch':               # that network's sizes, whatever was set
-        settings.update({name: sizes[name] for name in 'n_layer n_head n_embd cond_dim'.split()})
+    if settings['init_from'] != 'scratch':               # that network, whatever was set
+        names = settings.keys() & sizes.keys() - {'block_size', 'dropout'}
+        settings.update({name: sizes[name] for name in names})
         globals().update(settings)
 
     # ---- model, its EMA, optimisers
@@ -332,8 +333,8 @@ def main():
             for name, part in parts.items():
                 if name != 'scaler' or state[name]:      # one that was not needed is empty
                     part.load_state_dict(state[name])
-            for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
-                load_optimizer(optimizer, saved)
+            for part, saved in zip(optimizers, state['optimizers'], strict=True):
+                load_optimizer(part, saved)
             step = state['step']
             began -= state['seconds']
             counts += state['counts'].to(dev)
@@ -389,7 +390,7 @@ def main():
     def write_checkpoint():
         info = dict(objective=kind, model=asdict(config), data=meta, settings=settings, step=step)
         state = {name: part.state_dict() for name, part in parts.items()} | info
-        state.update(optimizers=[optimizer.state_dict()['state'] for optimizer in optimizers],
+        state.update(optimizers=[part.state_dict()['state'] for part in optimizers],
                      counts=counts.cpu(), fingerprint=token_files,
                      seconds=time.monotonic() - began)
         save(out_dir, state, ema, info, folder, keep_last)
