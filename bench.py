@@ -3,11 +3,11 @@ Speed and memory on this machine, and the plan of a whole run. Takes train.py's 
 
     python bench.py --plan config/owt_duo.py --gpus=8 --price_per_hour=20  # hours, memory, price
     python bench.py config/owt_duo.py --gpu=h100       # the same, simulated: no such GPU is needed
-    python bench.py --selftest                         # is all right on this device?
-    python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas as they read, and ours
+    python bench.py --selftest                         # does everything work on this device?
+    python bench.py config/owt_duo.py --batch_size=8   # the paper's formulas, literally, and ours
     python bench.py --n_layer=4 --n_embd=256 --vocab_size=50257            # the same on a laptop
 
-Tokens are random, so no data set is needed. ms: the median call, and the range of all.
+Tokens are random, so no data set is needed. ms: the median of the calls, and their range.
 """
 import copy
 import os
@@ -27,12 +27,12 @@ from diffusion import stratified_times
 from model import DiT
 from optim import clip_and_step, update_ema
 
-plan = False                 # what the whole run would take, instead of the formulas' costs
+plan = False                 # plan the whole run, instead of timing the formulas
 gpu = ''                     # a plan for an 'h100', 'a100' or 't4' that is not here: an estimate
 gpus = 1                     # devices like this one that the run would have
 price_per_hour = 0.0         # of all devices together
 vocab_size = 0               # 0: that of the data set
-repeats = 5                  # timed calls, after one that is not
+repeats = 5                  # timed calls, after an untimed one
 selftest = False             # a few steps of everything, compared with float32 on the CPU
 
 GPUS = dict(                 # published: compute capability; FLOP/s, dense, half; bytes/s; bytes
@@ -53,7 +53,7 @@ VOCAB_SIZES = dict(stdlib=4096, stdlib_bytes=256, novels=4096, owt=50257, owt_t4
 # measuring
 
 def peak_memory(device):
-    """Bytes so far, as CUDA counts them, or of the process."""
+    """Peak bytes so far: as CUDA counts them, or of the process."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == 'darwin' else 1024       # a Mac counts bytes
@@ -120,7 +120,7 @@ def plan_run(device, dtype_name, autocast, measure=measure, peak_memory=peak_mem
     print(f'{model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step, {device} '
           f'{dtype_name}\n'
           f'assumed: vocabulary {K:,} ({source}); random tokens; --gpus={gpus} like this one, with '
-          f'{micro_batches:.0f} micro-batches a step on each, each as long as a whole step of one; '
+          f'{micro_batches:.0f} micro-batches a step on each, each timed with an optimiser step; '
           'not counted: validation, checkpoints, the exchange of gradients between GPUs')
     if train.compile:                                    # head_loss compiles the loss itself
         for m in filter(None, (model, teacher)):

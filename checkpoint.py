@@ -2,15 +2,15 @@
 What a run leaves behind, written whole or not at all, and read without executing anything.
 
 out_dir/step-00000600.pt    everything a resume needs
-out_dir/model.safetensors   the EMA weights, and
-out_dir/config.json         all else that sampling, evaluating or sharing needs, with
+out_dir/model.safetensors   the EMA weights
+out_dir/config.json         all else that sampling, evaluating or sharing needs
 out_dir/tokenizer.json      where the tokenizer has a file
 out_dir/log.jsonl           a line of numbers at each log and validation
 out_dir/samples.txt         a text at each validation but the last
-out_dir/README.md           the model card, with
+out_dir/README.md           the model card
 out_dir/curve.png           the losses
-out_dir/lock                held by the run that is at work here; names it
-out_dir/wandb_id            of the run at wandb, if it is there
+out_dir/lock                locked by the run that is active here, and names it
+out_dir/wandb_id            the run's id at wandb, with --wandb_log
 
 This is nanoDuo's own format and the only one known here: convert.py reads and writes the authors'.
 """
@@ -40,13 +40,13 @@ from data import check_meta, tokenizer_difference
 from device import say
 from model import DiT, DiTConfig
 
-# Entries, and their types, that tell the state of a run, and a config.json, from other files.
+# The entries, with their types, that the state of a run (STATE) and a config.json (INFO) must have.
 STATE = dict(weights=dict, step=int, model=dict, settings=dict)
 INFO = dict(objective=str, model=dict, data=dict, settings=dict)
-# What tells the networks of the objectives apart: tokens beyond the tokenizer's, and causal.
+# How the objectives' networks differ: tokens beyond the tokenizer's, and whether they are causal.
 NETWORK_KINDS = dict(duo=(0, False), mdlm=(1, False), ar=(0, True))
 # What zipfile and torch.load were seen to raise on damaged and crafted files: torch's unpickler
-# runs nothing of them, but takes operands as they come. Caught around library calls only.
+# executes nothing in them, but does not check operands. Caught around library calls only.
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
               struct.error, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
               AssertionError)
@@ -162,7 +162,7 @@ def read_torch(path, kinds):
 
 
 def load_state(out_dir):
-    """The dict that save() was given last, from the newest file that is whole; says which."""
+    """The state that save() was given last, from the newest undamaged file; prints which."""
     for path in step_files(out_dir):
         try:
             state = read_torch(path, STATE)
@@ -187,7 +187,7 @@ def read_weights(path):
 
 
 def fetch(where):
-    """The folder `where`; of hf:ORG/NAME the one that the Hugging Face hub, or its cache, has."""
+    """The folder `where`; for hf:ORG/NAME, its copy from the Hugging Face hub or from the cache."""
     if not str(where).startswith('hf:'):
         return Path(where)
     from huggingface_hub import snapshot_download
@@ -195,7 +195,7 @@ def fetch(where):
         return Path(snapshot_download(
             where[3:], allow_patterns=['*.json', 'model.safetensors']))
     except (OSError, ValueError) as error:  # not there, not reached, or no name of a repository
-        raise UserError(f'cannot fetch {where}, nor is it in the cache: {error!s:.200}')
+        raise UserError(f'cannot fetch {where}, and it is not in the cache: {error!s:.200}')
 
 
 def read_config(folder):
@@ -215,7 +215,7 @@ def build_model(info, weights, where):
     is added to DiTConfig needs no line here."""
     try:
         check_meta(info['data'])
-        c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig has not
+        c = DiTConfig(**info['model'])  # a TypeError names a field that DiTConfig lacks
         sizes = astuple(c)[:6]          # vocab_size to cond_dim
         fine = all(type(size) is int and 0 < size < 1e6 for size in sizes)
         if not (fine and c.n_layer <= len(weights) and 0 <= c.dropout <= 1):
@@ -259,8 +259,8 @@ def load_model(where, device='cpu'):
 # out_dir and its log
 
 def lock_folder(folder):
-    """Make the folder and keep other runs out of it, until the file that is returned is closed or
-    this process ends, however it does. UserError, naming it, where a living run is at work."""
+    """Make the folder and lock it against other runs, until the returned file is closed or this
+    process ends, in any way. UserError, naming it, if another run is active there."""
     os.makedirs(folder, exist_ok=True)
     file = open(f'{folder}/lock', 'a+')
     try:
@@ -279,7 +279,7 @@ def lock_folder(folder):
 
 
 def set_aside_older_run(out_dir, lock):
-    """A run that stands in out_dir is moved, not overwritten. Returns out_dir's lock."""
+    """An older run in out_dir is moved, not overwritten. Returns out_dir's lock."""
     if has_state(out_dir) or Path(f'{out_dir}/model.safetensors').exists():
         aside = out_dir.rstrip('/') + time.strftime('-%Y%m%d-%H%M%S')
         os.rename(out_dir, aside)
@@ -297,7 +297,7 @@ def open_log(out_dir, step):
             if json.loads(line)['step'] <= step:
                 kept += f'{line}\n'
         except (ValueError, TypeError, LookupError, RecursionError):
-            pass  # torn by a power cut, or no line of a run
+            pass  # cut off by a power failure, or not a line of a run
     write_text(path, kept)
     return open(path, 'a', buffering=1)
 
@@ -306,7 +306,7 @@ def append_log(file, record):
     """One JSON line: a number that is not finite is null."""
     line = {name: None if type(value) is float and not math.isfinite(value) else value
             for name, value in record.items()}
-    print(json.dumps(line), file=file)                   # unlike write(), it bears a closed console
+    print(json.dumps(line), file=file)                   # unlike write(), allows a closed console
 
 
 def check_resume(out_dir, state, settings, config, token_files):
@@ -328,7 +328,7 @@ def check_resume(out_dir, state, settings, config, token_files):
 
 
 def check_start(source, info, kind, meta):
-    """UserError unless a run of this kind, on the tokens of meta, can go on from source's model."""
+    """UserError unless a run of this kind, on the tokens of meta, can start from source's model."""
     if info['objective'] != kind:
         raise UserError(f'{source} is a network for {info["objective"]}, not for {kind}')
     difference = tokenizer_difference(info['data'], meta)
@@ -340,7 +340,7 @@ def check_start(source, info, kind, meta):
 
 
 def check_packages(**wanted):
-    """UserError if a package that is wanted (a value that counts as true) is not installed."""
+    """UserError if a wanted package (its value counts as true) is not installed."""
     for name, value in wanted.items():
         # wandb leaves a folder of its name, which Python takes for a package without an origin
         if value and not getattr(find_spec(name), 'origin', None):
@@ -349,7 +349,7 @@ def check_packages(**wanted):
 
 def start_wandb(out_dir, settings, step):
     """A run of Weights & Biases, named after out_dir unless settings say another name. From a step
-    other than 0 it goes on as the one that out_dir began."""
+    other than 0, it continues the wandb run that out_dir began."""
     import wandb
     name = settings['wandb_run_name'] or Path(out_dir).resolve().name
     path = Path(out_dir, 'wandb_id')
@@ -404,7 +404,7 @@ pipeline_tag: text-generation
 
 ![The losses](curve.png)
 
-The numbers are those of the EMA weights and, but for AR, upper bounds. Trained with nanoDuo by
+The numbers are for the EMA weights and, except for AR, upper bounds. Trained with nanoDuo by
 
     python {shlex.join(['train.py', *arguments])}
 

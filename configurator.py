@@ -26,7 +26,7 @@ def run(main):
     """Call a script's main(). A UserError, a file that cannot be read or written, or a lack of
     memory becomes one line and exit status 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(sys.stdout, 'reconfigure'):               # a terminal may know few letters
+    if hasattr(sys.stdout, 'reconfigure'):               # a terminal may lack some characters
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
@@ -42,7 +42,7 @@ def run(main):
 
 
 def progress(iterable, what):
-    """The iterable, with a bar on the terminal while it lasts; without a terminal, no bar."""
+    """The iterable, with a progress bar if there is a terminal."""
     from tqdm import tqdm
     first = sys.stderr and os.environ.get('RANK', '0') == '0'    # of torchrun's processes
     return tqdm(iterable, what, leave=False, disable=None if first else True)
@@ -61,7 +61,7 @@ def configure(g, checks=(), argv=None, paths=None):
                         are free, any other new name is an error
         --key=value     or --key value, or --flag for a bool; dashes in a key are underscores
         --help, -h      print the docstring and every setting, its value so far, its comment; exit
-    With a list as `paths`, arguments that are no options are appended to it, and none is run.
+    If `paths` is a list, arguments that are not options are appended to it instead of being run.
     Types never change, except that an int may stand for a float; nan and inf are refused. At the
     end each row of `checks` must hold: names, a predicate, the rule in words. Any mistake raises
     UserError.
@@ -158,7 +158,7 @@ def help_text(g, settings):
     """The docstring, then the settings with the headings and comments that the source has."""
     rest = dict(settings)
     out = [inspect.cleandoc(g.get('__doc__') or ''), '']
-    shown = False                                        # is the line before?
+    shown = False                                        # was the line before printed?
     for line in linecache.getlines(g.get('__file__', '')):
         name = line.split('=')[0].strip()
         goes_on = shown and line.strip().startswith('#')
@@ -169,5 +169,5 @@ def help_text(g, settings):
             line = f'{setting:<32}{mark}{comment}'
         if shown:
             out.append(line.rstrip())
-    out += [f'--{name}={value!r}' for name, value in rest.items()]  # the source is elsewhere
+    out += [f'--{name}={value!r}' for name, value in rest.items()]  # defined in other files
     return '\n'.join(out).strip()

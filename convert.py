@@ -29,7 +29,7 @@ AUTHORS = dict(vocab_size='vocab_size', model_length='block_size', n_blocks='n_l
 # Their two vocabularies: name, bos, eos and pad of the tokenizer, and the length trained on. Their
 # networks may have one token more, [PAD] in Duo, a mask in AR: no text has it, so it is left out.
 TOKENIZERS = {50257: ('gpt2', 50256, 50256, None, 1024), 30522: ('bert', 101, 102, 0, 128)}
-# The modules of the settings and tokenizers that a .ckpt of theirs holds beside tensors.
+# The modules of the settings and tokenizers that their .ckpt files hold besides tensors.
 HARMLESS = re.compile(r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing)\.'
                       r'|collections\.defaultdict$'
                       r'|builtins\.(dict|list|tuple|int|float|str|bool|object)$')
@@ -46,7 +46,7 @@ class Inert(dict):
 
 
 def our_names(state):
-    """state without the wrappers in its names, nor RoPE's frequencies, which are no weights."""
+    """state without wrapper prefixes in its names, and without RoPE's frequencies: no weights."""
     return {name.replace('backbone.', '').replace('_orig_mod.', ''): w
             for name, w in state.items() if not name.endswith('inv_freq')}
 
@@ -71,7 +71,7 @@ def read_lightning(path):
     # A list in the order of the parameters, which is that of the state dict.
     shadow = ckpt['ema'].get('shadow_params') or []
     if [w.shape for w in shadow] != [w.shape for w in state.values()]:
-        raise UserError(f'{path}: its moving average ({len(shadow)} tensors) is none of its '
+        raise UserError(f'{path}: its moving average ({len(shadow)} tensors) does not fit its '
                         f'{len(state)} weights')
     return dict(zip(state, shadow))
 
@@ -124,7 +124,7 @@ def infer_info(config, state, where):
 
 
 def write_new(folder, weights, info, tokenizer_from):
-    """write_model into a folder that holds none."""
+    """write_model into a folder without a model."""
     if Path(folder, 'model.safetensors').exists():
         raise UserError(f'{folder} holds a model already: name another folder')
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -165,8 +165,7 @@ def export(where, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument('source')
     parser.add_argument('folder')
     parser.add_argument('--objective')

@@ -3,10 +3,10 @@ Token files and tokenizers: what prepare.py writes, and train.py, sample.py and 
 
 A data set is a folder: train.bin and val.bin, flat streams of uint16 (uint32 for more than 65,535
 tokens in the vocabulary), meta.json (the tokenizer, its size, its special ids, the counts) and, for
-a tokenizer that has a file, tokenizer.json. Packed, every document is ended by eos (save in the
-zero-shot sets), and rows are cut anywhere. Padded (pad_id is a number), every document is a row,
-and train.idx and val.idx say where it begins: int64, one more of them than documents. train.bytes
-and val.bytes: how many bytes of the text each token of the vocabulary stands for, float64.
+a tokenizer that has a file, tokenizer.json. In a packed set, eos ends every document (except in the
+zero-shot sets), and rows are cut anywhere. In a padded set (pad_id is a number), every document is
+a row, and train.idx and val.idx say where it begins: int64, one entry more than documents.
+train.bytes, val.bytes: how many bytes of text each token of the vocabulary stands for, float64.
 """
 import functools
 import hashlib
@@ -21,8 +21,8 @@ import numpy as np
 
 from configurator import UserError
 
-# Neither a byte-level BPE nor WordPiece joins anything across a newline that stands between two
-# words. They get lines, therefore: the same tokens, where a book in one piece costs `tokenizers`
+# Neither a byte-level BPE nor WordPiece merges across a newline between two words. So texts are
+# encoded line by line: the tokens are the same, while a whole book at once would take `tokenizers`
 # several times the time, and gigabytes.
 LINE_ENDS = re.compile(r'(?<=\S\n)(?=\S)')
 
@@ -52,27 +52,23 @@ def load_tokenizer(meta, folder):
     else:
         encode, decode, size = load_file(Path(folder, 'tokenizer.json'),
                                          meta.get('tokenizer_sha256'))
-    hidden = {meta.get('bos_id'), eos, meta.get('pad_id')}
+    # what has no text of its own; the last is MDLM's mask
+    marks = {meta.get('bos_id'): '', meta.get('pad_id'): '', eos: '\n\n',
+             meta.get('vocab_size'): '_'}
 
-    def decode_document(ids):
-        shown = [i for i in ids.tolist() if i not in hidden]
+    def decode_with_marks(ids):
         text = ''
-        for is_token, run in itertools.groupby(shown, lambda i: i < meta['vocab_size']):
+        for mark, run in itertools.groupby(np.asarray(ids).tolist(), marks.get):
             run = list(run)
-            text += decode(run) if is_token else '_' * len(run)  # MDLM's mask is no token
+            text += decode(run) if mark is None else mark * len(run)
         return text
 
-    def decode_documents(ids):
-        ids = np.asarray(ids)
-        documents = np.split(ids, np.flatnonzero(ids == eos))  # all but the first begin with eos
-        return '\n\n'.join(map(decode_document, documents))
-
-    return Tokenizer(encode, decode_documents, size)
+    return Tokenizer(encode, decode_with_marks, size)
 
 
 def guarded(message, function, *args):
-    """Call a function of `tokenizers`. Whatever goes wrong is a UserError: it raises nothing finer
-    than Exception, and its panics are not even that."""
+    """Call a function of `tokenizers`. Any failure becomes a UserError: the library raises bare
+    Exceptions, and its panics are not even Exceptions."""
     try:
         return function(*args)
     except KeyboardInterrupt:
@@ -82,7 +78,7 @@ def guarded(message, function, *args):
 
 
 def load_file(path, sha256):
-    """encode, decode and size of a tokenizer.json; with None as sha256, of any."""
+    """encode, decode and size from a tokenizer.json whose hash is sha256 (None: any file)."""
     import tokenizers
     call = functools.partial(guarded, f'{path} is no usable tokenizer: put the right one there')
     raw = call(path.read_bytes)
@@ -106,8 +102,8 @@ def load_file(path, sha256):
 
 
 def tokenizer_difference(meta, other):
-    """What keeps two metas from numbering the same tokens alike, in words; '' if nothing does. Only
-    tokenizers without a file, of which a model of the authors has none, are known by their name."""
+    """How two metas differ in numbering tokens, in words, or ''. Tokenizers are compared by the
+    hash of their files or, if one has no file (as the authors' models), by name."""
     have_files = meta.get('tokenizer_sha256') and other.get('tokenizer_sha256')
     keys = ('tokenizer_sha256', 'bos_id', 'eos_id') if have_files else ('tokenizer',)
     return ', '.join(f'{key} {meta[key]!s:.16} and {other[key]!s:.16}'
@@ -115,7 +111,7 @@ def tokenizer_difference(meta, other):
 
 
 def check_meta(meta):
-    """ValueError if meta, or the data of a config.json, numbers its tokens as no tokenizer does."""
+    """ValueError if meta, or the data of a config.json, has impossible token ids or sizes."""
     size, pad = meta['vocab_size'], meta['pad_id']
     ids = [meta['bos_id'], meta['eos_id'], meta['eos_id'] if pad is None else pad]
     ints = {type(i) for i in [size, *ids]} == {int}
@@ -128,7 +124,7 @@ def check_meta(meta):
 def load_data(folder):
     """-> meta, {'train': stream, 'val': stream}, memory-mapped and checked against meta. A stream
     is what num_rows and get_rows take: tokens, uint16 or uint32; where each document begins, int64,
-    or None of a packed set; and the bytes of text of each token of the vocabulary, float64."""
+    or None for a packed set; and the bytes of text per token of the vocabulary, float64."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / 'meta.json').read_text())
@@ -136,8 +132,8 @@ def load_data(folder):
         return meta, {split: load_stream(folder, split, meta) for split in ('train', 'val')}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f'no usable data set in {folder} ({type(error).__name__}: {error}): '
-                        f'python prepare.py {folder.name} makes it, if --help lists it; if not, '
-                        'the first lines of the config file, or of the one it is built on, say how'
+                        f'python prepare.py {folder.name} makes it if --help lists it; otherwise '
+                        'see the first lines of the config file, or of the one it builds on'
                         ) from None
 
 
@@ -165,7 +161,7 @@ def load_stream(folder, split, meta):
 
 
 def check_tokens(data, vocab_size, folder):
-    """UserError if a stream holds a token that the tokenizer lacks. Reads all of it, GB/s."""
+    """UserError if a stream holds a token that the tokenizer lacks. Reads all of it, at GB/s."""
     for split, (tokens, *_) in data.items():
         largest = tokens.max(initial=0)
         if largest >= vocab_size:
@@ -208,7 +204,7 @@ def spans(stream, rows, block_size):
 
 def get_rows(stream, rows, block_size, meta):
     """-> int64 (len(rows), T), T = block_size: bos, the row's tokens, eos. A packed row has T - 2
-    tokens of its own; a padded one at most, and pads behind its eos."""
+    tokens of the stream; a padded one at most as many, and padding after its eos."""
     begin, length = (v[:, None] for v in spans(stream, rows, block_size))  # (rows, 1)
     place = np.arange(block_size) - 1                                 # (T,): bos is at -1
     out = np.where(place < length, meta['bos_id'], meta['eos_id'])
@@ -265,8 +261,8 @@ def likelihood_figures(nats, objective, stream, rows, block_size, split):
 
 
 def loss_by_noise(nats, objective):
-    """The mean loss in each quarter of the times, a dict, empty for AR; of rows whose times rise:
-    nats (n,)."""
+    """A dict of the mean loss in each quarter of the times, empty for AR. nats (n,): of rows in the
+    order of their times."""
     if objective == 'ar':
         return {}
     parts = nats.tensor_split(4)

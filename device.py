@@ -16,35 +16,35 @@ control = None               # the group by which the processes agree on what to
 
 
 def say(line):
-    """print(), by the first process, for a run that goes on without its console: the log file is
-    what counts."""
+    """print(), by the first process only. A closed or full console does not stop a run: the log
+    file is what counts."""
     if os.environ.get('RANK', '0') != '0':
         return
     try:
         print(line, flush=True)
     except RuntimeError:
-        pass                                             # a signal came while another line was said
-    except OSError:                                      # gone, or full: this and all that follows,
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # of scripts started here too, is dropped
+        pass                                             # a signal came during another print()
+    except OSError:                                      # closed or full: drop this and all later
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # output, also of scripts started here
 
 
 def run_script(script, *arguments, **options):
-    """Start another script of this folder, as a user would, as no part of torchrun's group;
-    options: of subprocess.run."""
+    """Run another script of this folder as a user would, outside torchrun's process group;
+    options: those of subprocess.run."""
     alone = {name: value for name, value in os.environ.items() if name != 'RANK'}
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
     return subprocess.run(command, env=alone, **options)
 
 
 def catch_signals():
-    """SIGTERM, Ctrl-C (SIGINT), SIGHUP (a closed terminal) and SIGUSR1 from now on do no more than
-    note their number in .caught, 0 until then, and say that .doing is finished first: words, to be
-    kept up to date. A second SIGTERM or SIGINT, but for torchrun's, or any while .doing is empty,
-    ends the process."""
+    """From now on SIGTERM, Ctrl-C (SIGINT), SIGHUP (a closed terminal) and SIGUSR1 only set .caught
+    (0 until then) to their number and print that .doing is finished first: words that the caller
+    keeps up to date. A second SIGTERM or SIGINT (except under torchrun), or any signal while .doing
+    is empty, ends the process at once."""
     noted = SimpleNamespace(caught=0, doing='the step')
 
     def on_signal(number, frame):
-        # torchrun sends one again to processes that have had it: there a second means nothing
+        # torchrun repeats signals to its processes, so a second one means nothing there
         torchrun = dist.is_initialized()
         repeated = (0, signal.SIGUSR1, signal.SIGHUP)    # a shell and the system each send SIGHUP
         first = noted.caught in repeated or number in repeated
@@ -121,7 +121,7 @@ def start_distributed(device):
     # NCCL gives up after the timeout: the others wait for the first process's checkpoints
     dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
     global control
-    # does not wait for the GPU, but for a first process that scores for long
+    # on the CPU, so it never waits for the GPU, but perhaps long for the first process's score
     control = dist.new_group(backend='gloo', timeout=timedelta(days=1))
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -139,7 +139,7 @@ def largest_of_ranks(number):
 
 
 def check_same_step(step):
-    """UserError if another process found another step to go on from."""
+    """UserError unless all processes found the same step to resume from."""
     if largest_of_ranks(step) != -largest_of_ranks(-step):
         raise UserError(f'rank {dist.get_rank()} found step {step}, another did not: --out_dir '
                         'must be on a disk that all processes share')

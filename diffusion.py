@@ -130,9 +130,9 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
     """The curriculum's input (eq. 21): softmax(w / tau) of the latent w = a onehot(x0) + s eps.
 
     Returns ids (B,T,k) and weights (B,T,k) float32, heaviest first, and zt (B,T) = argmax w. The k
-    tokens are the clean one and the k-1 that got the most noise; all others together carry (in
-    expectation, exactly) what the weights lack to one. Nothing of size K is made. With
-    k = vocab_size it is the dense softmax. 2 <= k <= vocab_size.
+    tokens are the clean one and the k-1 that got the most noise. Their weights sum to less than 1:
+    the softmax also counts all others, by their exact expected sum. No tensor of size K is made.
+    With k = vocab_size it is the dense softmax. 2 <= k <= vocab_size.
     """
     n_others = vocab_size - 1
     n_drawn = k - 1
@@ -215,8 +215,8 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     p_t, p_0 = p.gather(-1, xt), p.gather(-1, x0)
     rate_t, rate_0 = K_alpha * p_t + low, K_alpha * p_0 + low        # K q(xt|.) by the model
 
-    # all tokens but xt, whose u is 1, and x0: excess = u - 1. Where it rounds to -1, log u is taken
-    # of the least u there can be
+    # all tokens except xt (its u is 1) and x0: excess = u - 1. Where it rounds to -1, log u is that
+    # of the smallest possible u
     true_rate = torch.where(same, ratio, 1)
     scaled = true_rate * rate_t
     offset = K_alpha / rate_t * (same.to(p.dtype) - p_t)
@@ -232,7 +232,7 @@ def nelbo_and_grad(logits, xt, x0, alpha, dalpha, scale=None):
     if scale is None:
         return loss, None
 
-    # share_j = rate_t / dalpha * p_j dloss/dp_j, up to a multiple of p_j, which softmax cancels
+    # share_j = rate_t / dalpha * p_j dloss/dp_j, up to one multiple of p_j, which softmax cancels
     u = torch.addcmul(low / scaled, p, K_alpha / scaled, out=excess)
     share = torch.div(p, u, out=u)
     share = set_tokens(share, x0, p_0 * rate_t / (ratio * rate_0))
@@ -251,8 +251,8 @@ def cross_entropy(logits, targets):
 
 def mdlm_nelbo(logits, xt, x0, alpha, dalpha, mask_id):
     """The NELBO of masked diffusion (MDLM, arXiv 2406.07524), nats per token: cross-entropy at
-    masks, weighted by -dalpha / (1 - alpha). SUBS: the mask, the last id, is never predicted, and a
-    token that shows is known."""
+    masks, weighted by -dalpha / (1 - alpha). SUBS: the mask, the last id, is never predicted, and
+    an unmasked token is known."""
     weights = torch.where(xt == mask_id, -dalpha / (1 - alpha), 0)
     return weights * cross_entropy(logits[..., :mask_id], x0)
 
@@ -275,8 +275,8 @@ def flatten_tokens(h, *args):
 
 
 def cast_head(h, weight, bias):
-    """weight (K,C) and bias (K,) as the products on h take them, cast once for all chunks: in
-    autocast's precision where that is on, else in h's. In half precision on a GPU zeros make K a
+    """weight (K,C) and bias (K,) in the dtype of the products with h, cast once for all chunks:
+    autocast's where it is on, else h's. In half precision on a GPU, K is padded with zeros to a
     multiple of 64: Tensor Cores want aligned rows."""
     dtype = h.dtype
     if torch.is_autocast_enabled(h.device.type):
@@ -301,8 +301,8 @@ def head_chunks(h, weight, bias, *args):
 
 
 def loss_and_grad(loss_fn, logits, K, args, scale):
-    """loss_fn(logits (n,K), *args) (n,), and scale (n,) times its gradient by the logits, of their
-    shape. They may have more than K columns, which do not count. Compiled, this is one graph."""
+    """loss_fn(logits (n,K), *args) (n,), and scale (n,) times its gradient by the logits, in their
+    shape. Columns of logits beyond K are padding. When compiled, this is one graph."""
     if loss_fn is nelbo:
         losses, grad = nelbo_and_grad(logits[:, :K], *args, scale)
         padding = logits.size(1) - K
@@ -393,15 +393,15 @@ def ar_nll(model, x0):
 
 
 def token_nll(model, x0, t, vocab_size, objective, seeds, fixed=None):
-    """What is validated, (B,T) nats per token: one draw of the bound at times t (B,1), with noise
-    from a seed for each row, whatever the training loss; for an autoregressive model ar_nll, and t,
-    seeds and fixed are not used. fixed (B,T) bool: tokens that get no noise."""
+    """The metric, (B,T) nats per token: one draw of the bound at times t (B,1), with noise from one
+    seed per row, whatever the training loss; for an autoregressive model ar_nll, and t, seeds and
+    fixed are not used. fixed (B,T) bool: tokens that get no noise."""
     if objective == 'ar':
         return ar_nll(model, x0)
     alpha, dalpha = noise_schedule(t)
     rows = []
-    for i, seed in enumerate(seeds):                     # the noise of a row is its own, whatever
-        torch.manual_seed(seed)                          # batch it comes in
+    for i, seed in enumerate(seeds):                     # a row's noise does not depend on the
+        torch.manual_seed(seed)                          # batch that the row is in
         rows.append(corrupt(x0[i:i + 1], alpha[i:i + 1], vocab_size, objective))
     xt, sigma = map(torch.cat, zip(*rows))               # (B,T), (B,1)
     if fixed is not None:
@@ -413,13 +413,13 @@ def token_nll(model, x0, t, vocab_size, objective, seeds, fixed=None):
 @torch.no_grad()
 def evaluate(model, objective, vocab_size, get_rows, n, batch_size, pad_id=None, device='cpu',
              rank=0, world=1):
-    """Negative log-likelihood per token of each of n rows, nats, (n,) float64 on the CPU:
-    stratified times over [0,1] and noise that are the same on every call.
+    """Negative log-likelihood per token of each of n rows, nats, (n,) float64 on the CPU. The
+    stratified times over [0,1] and the noise are the same on every call.
 
-    get_rows(numbers) -> x0 (B,T) on the device. The ranks share the batches, and all get the whole.
-    Tokens that are pad_id are not scored. With such the metric is a ratio, the sum of all losses
-    over the number of scored tokens, and a row's value is its share of it, linearised: the mean of
-    the values is the ratio, and their standard error is the ratio's (the delta method).
+    get_rows(numbers) -> x0 (B,T) on the device. The ranks share the batches, and each returns all
+    rows. Tokens equal to pad_id are not scored. With padding the metric is a ratio, the sum of all
+    losses over the number of scored tokens, and the values of the rows are linearised: their mean
+    is the ratio, and their standard error is that of the ratio (the delta method).
     """
     result = torch.zeros(2, n, dtype=torch.float64, device=device)
     batches = range(rank * batch_size, n, world * batch_size)
@@ -469,8 +469,8 @@ def reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0):
 
 
 def gibbs_step(logits, xt, alpha):
-    """Draws (...) ~ q = alpha softmax(logits (...,K)) + (1 - alpha)/K, and how surprising it makes
-    xt (...) itself: log max q - log q(xt), nats.
+    """Draws (...) ~ q = alpha softmax(logits (...,K)) + (1 - alpha)/K, and the surprise of xt (...)
+    under q: log max q - log q(xt), nats.
 
     Duo's optimal network gives p(x0_i | the noisy tokens at all other places) (arXiv 2605.22765),
     so q is the distribution of the noisy token i given all others: redrawing one place from it is
@@ -483,9 +483,9 @@ def gibbs_step(logits, xt, alpha):
 
 def masked_reverse_step(logits, xt, alpha_s, alpha_t, kappa=1.0, *, mask_id):
     """xs (...) of masked diffusion (MDLM), ~ kappa q(xs|xt, x0) + (1 - kappa) q(xs|x0). x0 is xt
-    where that shows a token, else a draw from softmax(logits (...,K)), those of the tokens alone.
+    where xt is unmasked, else a draw from softmax(logits (...,K)), which exclude the mask.
 
-    kappa = 1 is ancestral sampling: a token that shows stays. With less, it is masked again with
+    kappa = 1 is ancestral sampling: an unmasked token stays. With less, it is masked again with
     probability (1 - kappa) (1 - alpha_s), the sigma of ReMDM (arXiv 2503.00307).
     """
     is_mask = xt == mask_id

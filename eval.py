@@ -1,19 +1,19 @@
 """
-Evaluate a model: the negative log-likelihood of held-out text, a judge's view of its samples, or
-the tasks of lm_eval:
+Evaluate a model: the negative log-likelihood of held-out text, the Gen-PPL of its samples, or the
+tasks of lm_eval:
 
     python eval.py --out_dir=out --draws=4                     # NLL, BPD, PPL, their standard error
     torchrun --nproc_per_node=8 eval.py --out_dir=out-owt-duo  # the same, shared by 8 processes
     python eval.py --dataset=ptb                               # on another data set: zero-shot
     python eval.py --gen_ppl=out-ar --steps=1,2,4,8,16,32,128  # Gen-PPL by an AR run
-    python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by one of the Hugging Face hub
+    python eval.py --gen_ppl=gpt2-large --temperature=0.8,1.0  # or by a Hugging Face model
     python eval.py --lm_eval=hellaswag,piqa                    # after pip install lm_eval
 
 A diffusion model gets an upper bound of its NLL, an autoregressive one the exact value. Published
 bounds, and these, are the diffusion term alone: the reconstruction term is zero, as alpha(0) = 1,
 and the prior term, KL(q(x1|x0) || uniform), is left out. Samples take sample.py's options; the
 sampler is the one that papers report, ancestral, unless another is named. The last line printed is
-JSON; --gen_ppl also appends one line per trial to out_dir/gen.jsonl (of hf:org/name, ./gen.jsonl),
+JSON; --gen_ppl also appends one line per trial to out_dir/gen.jsonl (for hf:org/name: ./gen.jsonl),
 which plot.py --gen draws.
 """
 import json
@@ -45,8 +45,8 @@ draws = 1                    # noise levels for each row; the error shrinks with
 max_rows = 0                 # of the split, evenly spaced; 0 is all
 batch_size = 16
 # --- samples
-gen_ppl = ''                 # the judge: an AR model of ours (a folder, hf:org/name), or of the hub
-num_samples = 256            # a reverse PPL takes 30,000 tokens or more in all
+gen_ppl = ''                 # the judge: an AR run (a folder, hf:org/name), or a model of the hub
+num_samples = 256            # a reverse PPL needs 30,000 tokens or more in all
 length = 0                   # tokens in a sample; 0: as many as the model was trained on
 sampler = 'ancestral'        # as published; see sample.py
 steps = '8,32,128'           # numbers of sampling steps, with commas between them
@@ -58,7 +58,7 @@ lm_eval_tasks = ''           # a folder with tasks of your own (YAML)
 lm_eval_draws = 32           # noise levels for each answer
 # --- system
 device = 'auto'
-dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': what train.py takes
+dtype = 'float32'            # 'bfloat16', 'float16': faster on a GPU; 'auto': as train.py does
 
 CHECKS = CHECKS + [
     ('draws lm_eval_draws', lambda v: 1 <= v <= 1e6, 'from 1 to 1,000,000'),
@@ -74,7 +74,7 @@ def find_data(info):
         raise UserError(f'{out_dir} does not say what it was trained on: add --dataset=NAME')
     meta, data = load_data(f'{data_dir}/{name}')
     if tokenizer_difference(meta, info['data']):
-        raise UserError(f'{name} has another tokenizer than the model: prepare it with that one')
+        raise UserError(f"{name} has another tokenizer than the model: prepare it with the model's")
     return name, meta, data
 
 
@@ -158,7 +158,7 @@ def real_rows(info, T):
         _, meta, data = find_data(info)
         return some(data['val'], meta), some(data['train'], meta)
     except UserError as error:
-        print(f'no reverse perplexity, for want of real text: {error}')
+        print(f'no reverse perplexity, because real text is missing: {error}')
         return [], []
 
 
@@ -176,9 +176,9 @@ def our_judge(folder, info, device):
 
 
 def hub_judge(name, tokenizer, eos_id, device):
-    """The same by a Hugging Face causal LM, by the published evaluation's rules: samples are
-    decoded, tokenised anew by its own tokenizer and cut to its context; of end-of-text tokens only
-    the first is scored. (The transformers of that time also took out spaces before punctuation.)
+    """The same with a Hugging Face causal LM, by the rules of the published evaluation: samples are
+    decoded, tokenised again by its own tokenizer and cut to its context; only the first end-of-text
+    token is scored. (The transformers of that time also removed spaces before punctuation.)
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,7 +205,7 @@ def hub_judge(name, tokenizer, eos_id, device):
 
 
 def sampling_trials(info, T):
-    """The samplers' options of each number of steps at each temperature: a list of dicts."""
+    """The samplers' options for each number of steps and each temperature: a list of dicts."""
     all_steps = [T - 1] if info['objective'] == 'ar' else steps.split(',')
     options = {name: globals()[name] for name in SAMPLER_OPTIONS}
     try:
@@ -269,7 +269,7 @@ def judge_samples(loaded, autocast):
 
 
 def evaluate_tasks(loaded):
-    """The figures of lm_eval's tasks, a dict. What they generate takes the last of --steps."""
+    """The figures of lm_eval's tasks, a dict. Tasks that generate text use the last of --steps."""
     try:
         from harness import run_tasks
     except ImportError as error:

@@ -58,12 +58,12 @@ class NanoDuo(LM):
             best = per_token(model, x, None, likeliest, [])                                  # (n,T)
             for i, tokens in zip(indices, best.tolist()):
                 context, answer, _ = parts[i]
-                begin = len(context)                     # where the answer's first is predicted
+                begin = len(context)                     # where its first token is predicted
                 greedy[i] = tokens[begin:begin + len(answer)] == answer
         return greedy
 
     def loglikelihood_rolling(self, requests):
-        """In windows that know nothing of each other."""
+        """In windows that are scored independently."""
         n = self.block_size - 2
         result = []
         for request in requests:

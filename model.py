@@ -1,7 +1,7 @@
 """
 The network of Duo: a diffusion transformer (DiT, arXiv 2212.09748) over tokens, and nothing else.
 
-A pre-norm transformer that looks both ways, told how noisy its input is by adaLN: the time
+A bidirectional pre-norm transformer, told how noisy its input is by adaLN: the time
 embedding of sigma shifts, scales and gates every block. Its input need not be tokens: any mixture
 of token embeddings will do, which is what Duo's curriculum feeds it. Parameter names are those of
 the authors' published checkpoints.
@@ -148,7 +148,7 @@ class OutputLayer(nn.Module):
             self.adaLN_modulation = zero_linear(config.cond_dim, 2 * C)
 
     def forward(self, x, c):
-        """What the head takes, (B,T,C)."""
+        """The head's input, (B,T,C)."""
         x = self.norm_final(x)
         if c is None:
             return x

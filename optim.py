@@ -1,6 +1,6 @@
 """
-The optimiser Muon, and what treats all optimisers of a run alike: rates, clipping, steps that are
-skipped, resuming; and the average of the weights (EMA).
+The optimiser Muon, and what all optimisers of a run share: learning rates, clipping, skipped steps,
+resuming; and the average of the weights (EMA).
 
 Muon (Keller Jordan, 2024) is for the matrices of attention and MLPs. Its update is the Nesterov
 momentum with all directions made equally strong, so that rare ones are learnt, too.
@@ -27,7 +27,7 @@ def orthogonalise(x):
 class Muon(torch.optim.Optimizer):
     """lr is on AdamW's scale: updates get the size that AdamW's have (arXiv 2502.16982)."""
 
-    _step_supports_amp_scaling = True    # found_inf, a tensor, skips a step, as of a fused AdamW
+    _step_supports_amp_scaling = True    # a tensor found_inf skips a step, as in a fused AdamW
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -61,18 +61,18 @@ def set_lr(optimizers, share):
             group['lr'] = group['initial_lr'] * share
 
 
-def clip_and_step(optimizers, scaler, params, max_norm):
-    """Step, unless a gradient is not finite. Returns the norm of all, before it is clipped to
-    max_norm (0: not clipped), and whether it is finite: tensors."""
+def clip_and_step(optimizers, scaler, params, max_norm, loss=0.0):
+    """Step, unless a gradient, or the loss, is not finite. Returns two tensors: the norm of all
+    gradients before clipping to max_norm (0: no clipping), and whether there was a step."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
-    finite = norm.isfinite()
+    finite = (norm + loss).isfinite()
     for optimizer in optimizers:
         can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
         if can_skip:
-            optimizer.found_inf = 1.0 - finite.float()   # skips on the device: no CPU wait
-        if can_skip or finite:                           # scaler.step() would not see the others
+            optimizer.found_inf = 1.0 - finite.float()   # on the device: no CPU wait
+        if can_skip or finite:                           # scaler.step() sees only its own
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
@@ -89,9 +89,8 @@ STATE_PARTS = {torch.optim.AdamW: {'exp_avg', 'exp_avg_sq'}, Muon: {'momentum_bu
 
 
 def load_optimizer(optimizer, saved):
-    """The rates are this run's, not saved ones. ValueError where a part is missing, the shapes are
-    not those of its parameters, beyond which a fused step would read, or a counter of steps is
-    negative."""
+    """Load a saved state, with this run's learning rates. ValueError if a part is missing, a step
+    count is negative, or a shape is not its parameter's (a fused step would read beyond it)."""
     needed = STATE_PARTS.get(type(optimizer), set())
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(dict(state=saved, param_groups=groups))
@@ -101,4 +100,4 @@ def load_optimizer(optimizer, saved):
         if any(moments[part].shape != parameter.shape for part in needed):
             raise ValueError("the optimiser's state has other shapes than the weights")
         if moments.get('step', 0) < 0:
-            raise ValueError("the optimiser's state is of a negative step")
+            raise ValueError("the optimiser's state has a negative step")

@@ -2,8 +2,8 @@
 Pictures of runs:
 
     python plot.py out                 # out/curve.png: losses by step; train.py ends with it
-    python plot.py out out-ar          # out/compare.png: bits per byte by tokens and by time, which
-                                       # compare between tokenizers, too
+    python plot.py out out-ar          # out/compare.png: bits per byte by tokens and by time (they
+                                       # can be compared across tokenizers)
     python plot.py --gen out out-dcd   # out/gen.png: Gen-PPL by sampling steps, and the frontier of
                                        # Gen-PPL and entropy, as eval.py --gen_ppl measured them
 """
@@ -87,7 +87,7 @@ def draw_gen(out_dirs):
     for out_dir in out_dirs:
         curves = {}
         for r in read_records(f'{out_dir}/gen.jsonl', 'run eval.py --gen_ppl=JUDGE first'):
-            # of equal settings the newest counts
+            # for equal settings the newest record counts
             curve = curves.setdefault((r['sampler'], r['judge']), {})
             curve[r['steps'], r['temperature']] = r
         for (sampler, judge), points in curves.items():

@@ -4,14 +4,14 @@ Text -> token files: data/NAME/{train,val}.bin and meta.json (data.py says what 
     python prepare.py stdlib                          # Python's own source, found on this machine
     python prepare.py owt                             # a published set by its published rules
     python prepare.py zeroshot                        # all sets for zero-shot evaluation
-    python prepare.py book.txt                        # your text: of one file, the end validates
-    python prepare.py notes/ more.txt --name notes    # of many files, one in twenty
+    python prepare.py book.txt                        # your text; its end is held out to validate
+    python prepare.py notes/ more.txt --name notes    # many files; one in twenty is held out
     python prepare.py dumps/*.jsonl.gz --name dumps --text_key body --tokenizer gpt2
-    python prepare.py hf:org/name --tokenizer bert    # of the hub
+    python prepare.py hf:org/name --tokenizer bert    # from the Hugging Face hub
     python prepare.py 'hf:org/name/some/*.parquet' --name some
 
 A named file may be any UTF-8 text, or hold one document per record: .jsonl, .jsonl.gz, .jsonl.zst
-or .parquet. Of a folder, every .txt, .md and record file is taken, at any depth.
+or .parquet. From a folder, every .txt, .md and record file is taken, at any depth.
 """
 import fnmatch
 import glob
@@ -35,15 +35,15 @@ import numpy as np
 
 from data import LINE_ENDS, guarded, load_tokenizer, token_dtype
 
-name = ''                     # what to call it; '': as the set, or the first file or folder
+name = ''                     # data set's name; '': the set's, or that of the first file or folder
 tokenizer = ''                # bytes, bpe (learnt from the text), gpt2, bert, or the path of a
                               # tokenizer.json or a BERT vocab.txt; '': the published one, or bpe
-vocab_size = 0                # of bpe; 0: 4096, less for under 1 MB of text
-val_fraction = 0.05           # share that validates
+vocab_size = 0                # for bpe; 0: 4096, fewer for less than 1 MB of text
+val_fraction = 0.05           # share held out for validation
 data_dir = 'data'             # where the data sets are
 text_key = 'text'             # where in a record the text is
-max_docs = 0                  # stop after so many documents
-max_tokens = 0                # stop at so many training tokens
+max_docs = 0                  # stop after this many documents
+max_tokens = 0                # stop at this many training tokens
 CHECKS = [
     ('max_docs max_tokens', lambda v: 0 <= v < 2 ** 63, 'at least 0 and below 2^63'),
     ('vocab_size', lambda v: 0 <= v < 999_999, 'at least 0 and below 999,999'),
@@ -51,18 +51,18 @@ CHECKS = [
 ]
 VOCAB_SIZE = 4096             # of a BPE learnt here; a small text gets fewer tokens
 LEARN_FROM = 100_000_000      # characters of the training text that teach a BPE
-RECORD = 2 ** 26              # characters: a longer line is no record
+RECORD = 2 ** 26              # characters: a longer line is refused
 PIECE = 2 ** 14               # characters: a longer text is tokenised in pieces
 BATCH = 16                    # pieces in a task of the thread pool
 QUEUE = 32                    # tasks that may wait
 PARTS = ('train', 'val')
 TEXTS = ('.txt', '.md')
 RECORDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
-# Of the standard library: no tests, no generated tables, nothing that belongs to one machine.
+# Left out of the standard library: tests, generated tables, and what belongs to one machine only.
 LEFT_OUT = re.compile(r'/(test|tests|idle_test|encodings|pydoc_data|entities\.py|stringprep\.py|'
                       r'_casefix\.py|site-packages|dist-packages|sitecustomize\.py)(/|$)'
                       r'|_sysconfigdata')
-# How the kinds of tokenizer.json divide a text, and what begins a document, ends it, pads a row.
+# Pre-tokenizer of a tokenizer.json -> our name for its kind; its bos, eos (and pad) tokens.
 TOKENIZER_KINDS = {
     'ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)':
         ('bpe', '<|endoftext|> <|endoftext|>'),
@@ -99,7 +99,7 @@ arxiv: armanc/scientific_papers - arxiv/validation/* article gpt2 joined papers 
 __doc__ += TABLE
 SETS = {key: row.split() for key, row in re.findall(r'^(\w+):(.*(?:\n .*)*)', TABLE, re.MULTILINE)}
 ZEROSHOT = [name for name, row in SETS.items() if 'joined' in row]
-# `datasets` runs no loading scripts: of sets that have one, the hub's conversion is taken.
+# `datasets` runs no loading scripts: for sets with one, the hub's parquet conversion is used.
 REVISIONS = dict(row.split() for row in """\
 Skylion007/openwebtext        b4325f019c648b1641a1784748667e8b74e5e064
 billion-word-benchmark/lm1b   8d52bfd3cc2819fc1166dbb8144c328e2690de3e
@@ -181,17 +181,17 @@ def detokenise(text, kind):
     return text
 
 # --------------------------------------------------------------------------------------------------
-# documents: each is a pair (does it validate?, its text)
+# documents: each is a pair (is it for validation?, its text)
 
 def read_records(path, key):
-    """Yield the records of a file; of one that is all text, a record with the text under the key,
-    without a byte-order mark; line ends become \n."""
+    """Yield the records of a file. A plain text is one record, {key: text}, without a byte-order
+    mark and with \n as line ends."""
     if path.endswith('.parquet'):
         import datasets
         yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',
                                          streaming=True)
     elif path.endswith(RECORDS):
-        import pyarrow  # the 'json' loader makes dates of texts, and refuses fields that come late
+        import pyarrow  # the 'json' loader turns texts into dates, and refuses late fields
         with pyarrow.input_stream(path) as file:
             text = io.TextIOWrapper(file, encoding='utf-8')
             while line := text.readline(RECORD):
@@ -208,13 +208,13 @@ def read_records(path, key):
 
 
 def read_texts(paths, key):
-    """Yield the texts of files: of a record file, what stands under a key or in a column."""
+    """Yield the texts of files: from a record file, the field or column named key."""
     for path in paths:
         number = 0
         try:
             for record in read_records(path, key):
                 number += 1
-                # JSON may hold half a character
+                # JSON may hold half of a surrogate pair
                 yield record[key].encode(errors='replace').decode()
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(f'{path}: no UTF-8 text under {key!r} (--text_key) after record '
@@ -227,7 +227,7 @@ def hash_share(key):
 
 
 def end_validates(text, val_fraction):
-    """One text in two parts, cut where a paragraph begins, or a line, or at least a character."""
+    """Split one text, the end for validation: before a paragraph, else a line, else a character."""
     raw = text.encode()
     cut = len(raw[:round(len(raw) * (1 - val_fraction))].decode(errors='replace'))
     near = round(len(text) * min(val_fraction, 1 - val_fraction) / 2)
@@ -240,7 +240,7 @@ def end_validates(text, val_fraction):
 
 
 def find_files(paths, text_key):
-    """{name: path} of files, and of the texts and records in folders, at any depth, but for hidden
+    """{name: path} of files, and of the texts and records in folders, at any depth, except hidden
     ones; names are relative to their common folder. Blank texts are left out."""
     files = []
     for path in paths:
@@ -258,7 +258,7 @@ def find_files(paths, text_key):
 
 
 def stdlib_files():
-    """Paths of the standard library's source, as people wrote it."""
+    """Paths of the standard library's source files, without those of LEFT_OUT."""
     root = os.path.dirname(os.__file__)
     paths = glob.glob(f'{root}/**/*.py', recursive=True)
     return [path for path in paths if not LEFT_OUT.search(path[len(root):])]
@@ -274,13 +274,13 @@ def hub_files(repo, pattern):
         for name in sorted(names):
             yield hf_hub_download(repo, name, repo_type='dataset', revision=info.sha)
     except (OSError, ValueError, HTTPError) as error:       # ValueError: an impossible name
-        raise UserError(f'{repo} is out of reach ({error!r:.99}): go online, or name a mirror by '
+        raise UserError(f'{repo} cannot be reached ({error!r:.99}): go online, or set a mirror in '
                         'HF_ENDPOINT')
 
 
 def read_documents(rules, files, val_fraction, max_docs):
-    """Documents of a set, by its rules as in SETS: of the hub, or of files {name: path}. What
-    validates by itself is never shortened; of several texts, neither split stays empty."""
+    """Documents of a set, by rules as in SETS: from the hub, or from files {name: path}. Published
+    validation files are never shortened; of several texts, each split gets at least one."""
     repo, train, val, column, *_, total, _ = rules
     paths = hub_files(repo, train) if repo else files.values()
     texts = islice(read_texts(paths, column), max_docs or None)
@@ -369,8 +369,8 @@ def make_tokenizer(tokenizer, vocab_size, texts, path, rule):
 # documents -> pieces of text -> tokens -> token files
 
 def cut_documents(documents, length):
-    """Yield pieces: text, does it end a document?, does it validate? A document longer than length
-    is cut between lines, where no tokenizer joins anything."""
+    """Yield pieces: text, does it end a document?, is it for validation? A document longer than
+    length is cut between lines, where no tokenizer merges anything."""
     for val, text in documents:
         start, safe = 0, True
         while safe:
@@ -442,7 +442,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
     if vocab_size and tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for a new BPE, not for --tokenizer={tokenizer}')
     if val == 'last' and max_tokens:
-        raise UserError(f'the last documents of {source} validate: limit it by --max_docs')
+        raise UserError(f'the last documents of {source} are for validation: use --max_docs')
     files = {}
     if not repo:
         files = find_files(stdlib_files() if paths == ['stdlib'] else paths, text_key)
@@ -466,20 +466,20 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
         dtype = token_dtype(meta['vocab_size'])
 
         def encode_piece(piece):
-            """-> does it end a document?, does it validate?, its bytes, its tokens."""
+            """-> does it end a document?, is it for validation?, its bytes, its tokens."""
             text, ends, val = piece
             text = detokenise(text, detokeniser)
             eos = [meta['eos_id']] if ends and rule == 'packed' else []
             size = len(text.encode()) + (ends and rule != 'joined')  # a document's end is a byte
             return ends, val, size, np.array(encode(text) + eos, dtype)
 
-        length = PIECE if detokeniser == '-' else sys.maxsize       # rules look across any place
+        length = PIECE if detokeniser == '-' else sys.maxsize       # rules may match across a cut
         encoded = in_threads(encode_piece, cut_documents(documents(), length))
         sizes = np.array([size_of(i) for i in range(meta['vocab_size'])])
         sizes[meta['eos_id']] = 1
         write_tokens(new, encoded, sizes, max_tokens, meta)
         (new / 'meta.json').write_text(json.dumps(meta, indent=4) + '\n')
-        os.sync()                                                   # a machine may die, too
+        os.sync()                                                   # in case the machine crashes
         new.rename(target)
     return meta
 
@@ -487,7 +487,7 @@ def prepare(paths, name, tokenizer, vocab_size, val_fraction, data_dir, text_key
 def main():
     paths = []
     settings = configure(globals(), CHECKS, sys.argv[1:] or ['--help'], paths)
-    # `datasets` would import torch, ask the network of a local file, warn of forks
+    # `datasets` would import torch, go online for a local file, and warn about forks
     os.environ.update(USE_TORCH='0', HF_UPDATE_DOWNLOAD_COUNTS='0', TOKENIZERS_PARALLELISM='false')
     if not paths:
         raise UserError('what to prepare? A text, a folder, or a data set of --help')

@@ -42,11 +42,11 @@ from diffusion import (ar_nll, categorical, cross_entropy, gibbs_step, masked_re
 
 # --- what to sample
 out_dir = 'out'              # where train.py left the model; or hf:org/name
-num_samples = 3              # texts, of each prompt
+num_samples = 3              # texts per prompt
 length = 0                   # tokens in a text; 0: as many as the model was trained on
 prompt = ''                  # text to begin with; it stays as it is
 suffix = ''                  # text to end with; likewise
-prompts = ''                 # a file of prompts, one a line, instead
+prompts = ''                 # a file of prompts, one per line, instead
 TASKS = dict(
     infill='',               # a text with holes, instead: [[8]] tokens, or [[words]] to replace
     score='',                # a file: say how likely each of its lines is, and sample nothing
@@ -64,8 +64,8 @@ SAMPLER_OPTIONS = dict(
     psi='rescale',           # the kind of psi: 'rescale' or 'cap'. Published for a Duo, 256 steps:
     eta=0.05,                # rescale with eta 0.05, cap with 0.01, both with top_p 0.9
     redraws=1.5,             # informed: how often a token is redrawn on average; more: less diverse
-    alpha_min=0.8,           # informed: the alpha that it takes the text for, at first
-    alpha_max=0.99,          # and at last
+    alpha_min=0.8,           # informed: the noise level (alpha) that it assumes at first
+    alpha_max=0.99,          # and at the end
 )
 # --- where to
 watch = False                # show the first text while it denoises
@@ -82,7 +82,7 @@ CHECKS = [
     ('length', lambda v: v == 0 or v >= 2, '0 or at least 2'),
     ('seed', lambda v: 0 <= v < 2 ** 64, 'at least 0 and below 2^64'),
 ]
-EXCLUDED = dict(             # what an option does not go with
+EXCLUDED = dict(             # options that cannot be combined
     score='infill prompts prompt suffix length out html watch',
     infill='prompts prompt suffix length',
     prompts='prompt',
@@ -114,8 +114,8 @@ def denoise_along(step, xt, alphas, kappas, greedy, reverse=reverse_step):
 
 
 def likeliest(logits, xt):
-    """As published: of p(x0_i | the other places). Of p(x0 | xt) it would hardly change anything,
-    since the last call takes nearly every token xt for clean."""
+    """The published rule: the argmax of p(x0_i | all other tokens). That of p(x0 | xt) would hardly
+    change anything, since at the last call nearly every token of xt counts as clean."""
     return logits.argmax(-1)
 
 
@@ -124,7 +124,7 @@ def ramp(first, last, count):
 
 
 def ancestral(step, xt, steps, greedy, reverse=reverse_step, **_):
-    """The paper's: each step draws from the reverse process (eq. 5) as the network has it."""
+    """The paper's sampler: each step draws from the network's reverse process (eq. 5)."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
     return denoise_along(step, xt, alphas, torch.ones(steps), greedy, reverse)
 
@@ -148,8 +148,8 @@ def psi_kappas(alphas, psi, eta):
 
 
 def psi_sampler(step, xt, steps, greedy, psi, eta, reverse=reverse_step, **_):
-    """Chapter II's (arXiv 2602.21185): each step noises, or masks, some tokens again, so mistakes
-    can go."""
+    """Chapter II's sampler (arXiv 2602.21185): each step noises, or masks, some tokens again, so
+    that mistakes can be corrected."""
     alphas = noise_schedule(ramp(1, T_END, steps + 1))[0]
     return denoise_along(step, xt, alphas, psi_kappas(alphas, psi, eta), greedy, reverse)
 
@@ -168,7 +168,7 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
     shares = redraws * ramp(2, 0, steps + 1)[:-1] / (steps + 1)
     n_free = (~fixed).sum(-1, keepdim=True)                                # (B,1)
     for alpha, share in zip(alphas[:-1].tolist(), shares.tolist()):
-        surprises = []
+        surprises = []                   # draw is called a chunk of tokens at a time
 
         def draw(logits, x):             # (n,K), (n,) -> (n,)
             tokens, surprise = gibbs_step(logits, x, alpha)
@@ -215,8 +215,8 @@ def generate_ar(model, xt, fixed, **options):
 
 @torch.no_grad()
 def denoise(loaded, xt, fixed=None, **options):
-    """Yields xt (B,T) after each network call. xt starts as sample_prior; what stands where fixed
-    (B,T) is true stays. options: those of SAMPLER_OPTIONS that shall differ."""
+    """Yields xt (B,T) after each network call. xt starts as sample_prior; tokens where fixed (B,T)
+    is true stay. options: the SAMPLER_OPTIONS to change."""
     model, _, info = loaded
     o = choose_sampler(info, options)
     vocab_size = info['data']['vocab_size']
@@ -229,10 +229,10 @@ def denoise(loaded, xt, fixed=None, **options):
         def pick(logits, x):             # (n,K), (n,) -> (n,)
             return draw(shape_logits(logits[:, :vocab_size], **o), x)
         if is_masked:
-            alpha = 1.0                  # that network is told no time: sigma = -log(1) = 0
+            alpha = 1.0                  # the masked network gets no time: sigma = -log(1) = 0
         sigma = torch.full(x.shape[:1], -math.log(alpha), device=x.device)
         xs = per_token(model, x, sigma, pick, [x])                         # (B,T)
-        return torch.where(fixed, xt, xs)
+        return torch.where(fixed, xt, xs)                                  # xt: the start
 
     if info['objective'] == 'ar':
         yield from generate_ar(model, xt, fixed, **o)
@@ -241,10 +241,10 @@ def denoise(loaded, xt, fixed=None, **options):
 
 
 def choose_sampler(info, options):
-    """SAMPLER_OPTIONS changed by options, with the sampler chosen; UserError where they cannot be.
-    """
+    """SAMPLER_OPTIONS updated with options, and with 'auto' resolved; UserError if they do not fit
+    the model."""
     for name in options.keys() - SAMPLER_OPTIONS.keys():
-        raise UserError(f'{name} is no option of the samplers: {", ".join(SAMPLER_OPTIONS)}')
+        raise UserError(f'{name} is not a sampler option: {", ".join(SAMPLER_OPTIONS)}')
     o = SAMPLER_OPTIONS | options
     check(o, SAMPLER_CHECKS)
     objective = info['objective']
@@ -301,9 +301,9 @@ def text_length(info, length, count=1):
 
 
 def start_tokens(loaded, prompts, num_samples=1, suffix='', length=0):
-    """xt (B,T), num_samples texts of each prompt, with noise around it and the suffix, and fixed
-    (B,T), true where those stand. Rows in training begin with bos and end with eos, so a given
-    beginning or end has it too."""
+    """xt (B,T), num_samples rows per prompt: prompt, noise, suffix; and fixed (B,T), true at prompt
+    and suffix. Training rows begin with bos and end with eos, so a prompt gets a bos, and a suffix
+    an eos."""
     _, tokenizer, info = loaded
     data = info['data']
     length = text_length(info, length, len(prompts) * num_samples)
@@ -343,10 +343,10 @@ def start_template(loaded, template, num_samples=1):
     encode = loaded.tokenizer.encode
     parts = re.split(r'\[\[(.*?)\]\]', template, flags=re.DOTALL)   # text and holes alternate
     texts = [encode(text) for text in parts[::2]]
-    # of a number, twelve digits are too many already
+    # twelve digits of a number suffice: so many tokens are refused
     holes = [int(hole[:12]) if hole.isdecimal() else len(encode(hole)) for hole in parts[1::2]]
     if not sum(holes):
-        raise UserError('no hole in the text: [[8]] is one of 8 tokens')
+        raise UserError('no hole in the text: [[8]] is a hole of 8 tokens')
     if loaded.info['objective'] == 'ar':
         raise UserError('an autoregressive model cannot look ahead: only diffusion models infill')
     text_length(loaded.info, sum(holes) + sum(map(len, texts)) + 2, num_samples)
@@ -387,20 +387,16 @@ def infill(loaded, template, num_samples=1, **options):
 
 
 def edit(loaded, text, strength=0.3, num_samples=1, **options):
-    """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, where the
-    informed sampler takes over: for a Duo."""
-    is_informed = options.get('sampler', 'auto') in ('auto', 'informed')
-    if loaded.info['objective'] != 'duo' or not is_informed:
-        raise UserError('edit is by the informed sampler, for a Duo')
+    """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, and the
+    informed sampler continues from there; only for a Duo."""
     alpha = 1 - strength
     row = with_bos_eos(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
     fixed[:, 1:-1] = False
     xt = torch.where(fixed, x0, q_sample(x0, alpha, loaded.info['data']['vocab_size']))
     # a top-p would replace every token that is not among the likeliest
-    options = dict(sampler='informed', top_p=1.0, alpha_min=alpha,
-                   alpha_max=max(alpha, 0.99)) | options
-    return sample_texts(loaded, xt, fixed, **options)
+    options = dict(top_p=1.0, alpha_min=alpha, alpha_max=max(alpha, 0.99)) | options
+    return sample_texts(loaded, xt, fixed, sampler='informed', **options)
 
 # --------------------------------------------------------------------------------------------------
 # how likely a text is
@@ -411,15 +407,14 @@ def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     NELBO, with noise on the text alone, from the same seeds for all texts."""
     encode = loaded.tokenizer.encode
     before, after = encode(given), encode(suffix)
-    dev = loaded.model.output_layer.linear.weight.device
-    with torch.random.fork_rng([dev] if dev.type == 'cuda' else []):   # leave the seed alone
+    with torch.random.fork_rng(range(torch.cuda.device_count())):      # keep the caller's state
         parts = [(before, encode(text), after) for text in texts]
         return score_rows(loaded, parts, draws, seed)
 
 
 def equally_long(rows, max_tokens=SCORED_TOKENS):
-    """Yields lists of indices of rows (lists) of one length, which share a network call unpadded,
-    since a diffusion model would see the pads. One row, or at most max_tokens in all."""
+    """Yields lists of indices of equally long rows, for network calls without padding, which a
+    diffusion model would see. A list has one row, or rows of at most max_tokens in all."""
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for length, indices in groupby(by_length, lambda i: len(rows[i])):
         indices = list(indices)
@@ -459,7 +454,7 @@ def token_probs(loaded, text, alpha=0.95):
     for noisy, at alpha) in one network call; for AR, given those before it."""
     model, tokenizer, info = loaded
     if info['objective'] == 'mdlm':
-        raise UserError('a masked model takes every token that shows for right')
+        raise UserError('a masked model treats every unmasked token as correct')
     ids = tokenizer.encode(text)
     x, _ = fill_holes(loaded, [with_bos_eos(loaded, ids)])                  # (1,T)
     if info['objective'] == 'ar':
@@ -493,12 +488,12 @@ PLAIN, CHANGED, CORRECTED = '\x1b[0m', '\x1b[33m', '\x1b[35m'
 
 
 def watched(frames, xt, tokenizer):
-    """Yield the frames that xt (B,T) becomes, and draw the first text of each on the terminal's
-    other screen: yellow where this call changed a token, violet where that had come more than five
-    calls before."""
+    """Yield the frames that follow xt (B,T), and draw the first text of each on the terminal's
+    alternate screen: tokens that this call changed are yellow, or violet if their last change was
+    more than five calls before."""
     print('\x1b[?1049h', end='')
     shown = xt[0].tolist()
-    age = [-math.inf] * len(shown)                       # to replace noise is no correction
+    age = [-math.inf] * len(shown)                       # replacing noise is not a correction
     try:
         for call, xt in enumerate(frames, start=1):
             places = []
@@ -529,7 +524,7 @@ def read_lines(path):
 
 def main():
     utf8 = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
-    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, utf8])
+    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, utf8])
     for one, others in EXCLUDED.items():
         for other in others.split():
             if settings[one] and settings[other]:

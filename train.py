@@ -8,8 +8,8 @@ Train Duo, a language model that denoises all its tokens at once. Without argume
 
 To continue a stopped run, give the same command and --init_from=resume; --init_from=auto resumes if
 there is a run to resume, and else starts one. On several nodes, start torchrun --nnodes=2
---node_rank=0 (then 1) --master_addr=IP --nproc_per_node=8 train.py ... on each of them. What a run
-would take: python bench.py --plan, with the same settings.
+--node_rank=0 (then 1) --master_addr=IP --nproc_per_node=8 train.py ... on each of them. To see the
+cost of a run first: python bench.py --plan, with the same settings.
 """
 import copy
 import json
@@ -46,8 +46,8 @@ from optim import Muon, clip_and_step, load_optimizer, set_lr, update_ema
 out_dir = 'out'
 data_dir = 'data'
 eval_interval = 500          # validate, and write a checkpoint
-checkpoint_interval = 0      # write one at these steps too; 0: at no others
-checkpoint_minutes = 15.0    # and when the last one is older than this; 0: never
+checkpoint_interval = 0      # steps between additional checkpoints; 0: none
+checkpoint_minutes = 15.0    # also write one when the last one is older than this; 0: never
 keep_last = 2                # checkpoints to keep, in case the newest is damaged
 eval_iters = 64              # micro-batches in one validation
 log_interval = 50
@@ -57,7 +57,7 @@ init_from = 'scratch'        # 'scratch', 'resume', or a model to start from: a 
 num_samples = 3              # texts to print at the end; 0: none, and none in samples.txt
 gate = ''                    # 'hellaswag acc_norm', or another score that eval.py --lm_eval prints:
 gate_score = 1.0             # the run ends once a validation scores this high
-gate_options = ''            # of eval.py then, like '--max_rows=1000 --dtype=auto'; no quotes
+gate_options = ''            # options for eval.py, like '--max_rows=1000 --dtype=auto'; no quotes
 # --- wandb
 wandb_log = False
 wandb_project = 'nanoduo'
@@ -75,8 +75,8 @@ cond_dim = 128               # width of the time embedding
 dropout = 0.0
 # --- diffusion
 objective = 'duo'            # 'dcd' distils a Duo (init_from); baselines: 'mdlm' (masked), 'ar'
-curriculum_frac = 0.8        # share of the run on softened Gaussian latents, first; 0 is UDLM
-tau = 1e-3                   # the softmax's temperature meanwhile
+curriculum_frac = 0.8        # first share of the run, on softened Gaussian latents; 0 is UDLM
+tau = 1e-3                   # temperature of the curriculum's softmax
 gamma_min = -3.5             # log noise-to-signal ratio of the Gaussian: the curriculum's window
 gamma_max = -2.25
 curriculum_k = 5             # tokens mixed at each position
@@ -84,18 +84,18 @@ dcd_rounds = 5               # distillation: the teacher is renewed at the start
 dcd_delta = 1 / 512          # the teacher's lead in time, in round 0; each doubles it, up to 1
 dcd_ema_teacher = False      # the new teacher: the student's EMA (Algorithm 2), not the student
 # --- optimiser
-optimizer = 'muon'           # for attention and MLPs, AdamW for all else; 'adamw': only it
+optimizer = 'muon'           # for attention and MLPs, AdamW for the rest; 'adamw': AdamW for all
 learning_rate = 3e-3         # of AdamW
 muon_lr = 2e-3               # of Muon, on AdamW's scale: its updates have the same size
 max_iters = 1500
 warmup_iters = 40            # linear from zero, then constant
-cooldown_frac = 0.4          # share of the run, at its end, that goes linearly to zero
+cooldown_frac = 0.4          # last share of the run, where the rate goes linearly to zero
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0              # 0 for none
-max_bad_steps = 20           # steps without finite gradients are skipped; more in a row, at a log,
-                             # end the run
+max_bad_steps = 20           # steps without finite gradients are skipped; if a log line finds more
+                             # than this in a row, the run ends
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
@@ -144,8 +144,9 @@ def dcd_round(step):
 # the training loss of one micro-batch
 
 def loss_of(objective, vocab_size):
-    """What is trained on: any plain function (logits (n,K), *args) -> (n,) nats. Validation and
-    eval.py do not use it."""
+    """The training loss: any plain function (logits (n,K), *args) -> (n,) nats. args: xt, x0, alpha
+    and dalpha; for ar the targets; for dcd the teacher's h, and its head's weight and bias by name.
+    Validation and eval.py do not use it."""
     if objective == 'ar':
         return cross_entropy
     if objective == 'mdlm':
@@ -222,7 +223,7 @@ def build_optimizer(model):
 # starting
 
 def where_to_start():
-    """init_from with 'auto' decided."""
+    """init_from, with 'auto' resolved."""
     start = init_from
     if start.split(':')[0] == 'auto':
         start = 'resume' if has_state(out_dir) else start[5:] or 'scratch'
@@ -248,20 +249,20 @@ def run_on_model(script, *arguments, **options):
 
 
 def append_sample(step):
-    """A short look at the text so far."""
+    """Append a short sample to samples.txt."""
     with open(f'{out_dir}/samples.txt', 'a') as file:
         print(f'step {step}', file=file, flush=True)
         run_on_model('sample.py', '--num_samples=1', '--steps=16', stdout=file)
 
 
 def score_gate():
-    """The score that the gate asks for, of the newest checkpoint; -inf where there is none."""
+    """The gate's score of the newest checkpoint; -inf if eval.py gives none."""
     torch.cuda.empty_cache()                             # eval.py shares the GPU
     scored = run_on_model('eval.py', f'--lm_eval={gate.partition(" ")[0]}',
                           *gate_options.split(), stdout=subprocess.PIPE, text=True)
     try:
         return float(json.loads(scored.stdout.splitlines()[-1])[gate])
-    except (LookupError, TypeError, ValueError):         # it failed, or has other scores
+    except (LookupError, TypeError, ValueError):         # eval.py failed, or gave other scores
         say(f'no score for --gate={gate}: {scored.stdout[-400:]}')
         return -math.inf
 
@@ -291,7 +292,7 @@ def main():
     vocab_size, token_files = meta['vocab_size'], fingerprint(data)
     n_train, n_val = num_rows(data['train'], block_size), num_rows(data['val'], block_size)
 
-    # ---- what it goes on from: a checkpoint, another run's model, or nothing
+    # ---- what the run starts from: a checkpoint, another run's model, or nothing
     kind = 'duo' if objective == 'dcd' else objective    # a distilled Duo is a Duo
     state = trained = None
     settings['init_from'] = start
@@ -309,9 +310,9 @@ def main():
         globals().update(settings)
 
     # ---- model, its EMA, optimisers
-    torch.manual_seed(seed)
     config = model_config(vocab_size)
     check_memory(config, batch_size, dev)
+    torch.manual_seed(seed)
     model = DiT(config).to(dev)
     if trained:
         model.load_state_dict(trained.state_dict())
@@ -324,14 +325,14 @@ def main():
         parts['teacher'] = teacher
     step, began = 0, time.monotonic()
     counts = torch.zeros(4, dtype=torch.float64, device=dev)
-    total, good, skipped, in_a_row = counts              # views: losses; steps by kind
+    total, good, skipped, in_a_row = counts              # views: sum of losses, steps by kind
 
     # ---- resume
     if state:
         try:
             changed = check_resume(out_dir, state, settings, config, token_files)
             for name, part in parts.items():
-                if name != 'scaler' or state[name]:      # one that was not needed is empty
+                if state[name]:                          # an unused scaler's is empty
                     part.load_state_dict(state[name])
             for part, saved in zip(optimizers, state['optimizers'], strict=True):
                 load_optimizer(part, saved)
@@ -346,7 +347,7 @@ def main():
     check_same_step(step)
 
     loss_fn = loss_of(objective, vocab_size)
-    # DDP splits the trunk's one graph into as many as it has buckets of gradients, so that some are
+    # DDP splits the trunk's compiled graph at its gradient buckets, so that some gradients are
     # exchanged while others are still computed
     train_model = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
@@ -415,20 +416,18 @@ def main():
                 loss = training_loss(train_model, x0, u, step, vocab_size, loss_fn, teacher,
                                      loss_mask(x0, meta['pad_id']),
                                      scaler.scale(torch.ones_like(mean)))
-            # a loss that is not finite spoils the gradients of every process, so that all skip
-            fine = torch.where(loss.isfinite(), 1.0, torch.nan)
-            scaler.scale(loss * fine * world / gradient_accumulation_steps).backward()
+            scaler.scale(loss * world / gradient_accumulation_steps).backward()
             mean += loss.detach() / gradient_accumulation_steps
         if world > 1:
             dist.all_reduce(mean)
         return mean
 
-    # ---- compile: the trunk in one graph; the loss, in head_loss, in one
+    # ---- compile: the trunk is one graph; the loss, compiled by head_loss, another
     if compile and not eval_only and step < max_iters:
         say('compiling: some minutes')
         for m in filter(None, [model, teacher]):
             m.hidden = torch.compile(m.hidden, dynamic=False)
-        try:                                             # now: it must not fail after days
+        try:                                             # now, so that it cannot fail days later
             accumulate_gradients(step)
             accumulate_gradients(max_iters - 1)          # after the curriculum
         except torch._dynamo.exc.TorchDynamoException as error:      # Triton, on an old GPU
@@ -448,7 +447,8 @@ def main():
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     logged_step = step
-    first_step = 0 if gate else step         # a resumed run may have passed the gate: score it now
+    # where it starts, a run does not validate; with a gate a resumed run does: it may have passed
+    first_step = 0 if gate else step
     while True:
         # 1. VALIDATE, SAVE, STOP
         stopped = largest_of_ranks(signals.caught)
@@ -456,13 +456,12 @@ def main():
         paused = time.monotonic()
         moved = step > first_step
         at_eval = moved and step % eval_interval == 0
-        at_checkpoint = at_eval or moved and (
-            checkpoint_interval and step % checkpoint_interval == 0
-            or checkpoint_minutes and paused - saved > 60 * checkpoint_minutes)
+        at_interval = moved and checkpoint_interval and step % checkpoint_interval == 0
+        overdue = moved and checkpoint_minutes and paused - saved > 60 * checkpoint_minutes
         if at_eval or eval_only or done and not stopped:
             signals.doing = 'the validation'
             figures = validate()
-        if log_file and (at_checkpoint or done or stopped):
+        if log_file and (at_eval or at_interval or overdue or done or stopped):
             signals.doing = 'a checkpoint'
             write_checkpoint()
             if at_eval and num_samples and not (done or stopped):
@@ -484,7 +483,7 @@ def main():
         # 3. GRADIENTS, STEP, EMA
         signals.doing = 'the step'
         loss = accumulate_gradients(step)
-        norm, finite = clip_and_step(optimizers, scaler, model.parameters(), grad_clip)
+        norm, finite = clip_and_step(optimizers, scaler, model.parameters(), grad_clip, loss)
         update_ema(ema, model, ema_decay_at(step))
         total += torch.where(finite, loss, 0)
         good += finite
@@ -492,7 +491,7 @@ def main():
         in_a_row.add_(1).mul_(~finite)
         step += 1
 
-        # 4. LOG; nowhere else does the CPU wait for the device
+        # 4. LOG: only here does the CPU wait for the device
         if step % log_interval == 0 or step == max_iters:
             mean = (total / good).item()              # nan if no step was good
             if in_a_row > max_bad_steps:

@@ -1,4 +1,4 @@
-# The autoregressive twin of novels_duo.py, on its data, which judges its texts. Validation: 1.71
+# The autoregressive baseline of novels_duo.py; it also judges that model's texts. Validation: 1.71
 # bits per byte, PPL 59.5.
 #     python train.py config/novels_ar.py
 from pathlib import Path

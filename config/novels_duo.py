@@ -1,11 +1,11 @@
 # A Duo on 100 English novels, for two CPU cores: 4M parameters, 10M tokens, 51 minutes measured
-# beside other work.
+# while other jobs ran.
 #     git clone https://github.com/computationalstylistics/100_english_novels
 #     python prepare.py 100_english_novels/corpus --name novels
 #     python train.py config/novels_duo.py
 # Validation: at most 1.98 bits per byte, PPL 112 (docs/results.md).
 out_dir = 'out-novels'
-dataset = 'novels'                   # 21M tokens of a BPE learnt from them, 4,096 in the vocabulary
+dataset = 'novels'                   # 21M tokens, in a BPE of 4,096 tokens learnt from the novels
 
 block_size = 256
 

@@ -4,9 +4,9 @@
 #     git clone https://github.com/computationalstylistics/100_english_novels
 #     python prepare.py 100_english_novels/corpus --name novels
 #     python train.py config/novels_gpu.py
-# Its twins: --objective=ar or mdlm, and an --out_dir for each.
+# Its baselines: --objective=ar or mdlm, each with its own --out_dir.
 out_dir = 'out-novels-gpu'
-dataset = 'novels'                   # 21M tokens of a BPE learnt from them, 4,096 in the vocabulary
+dataset = 'novels'                   # 21M tokens, in a BPE of 4,096 tokens learnt from the novels
 
 batch_size = 128
 block_size = 256

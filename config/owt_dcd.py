@@ -1,5 +1,5 @@
 # Discrete consistency distillation (DCD) of the OpenWebText Duo, the paper's recipe: 5 rounds of
-# 10K steps of 128 rows. (The authors' code starts from the weights before their average, EMA, and
+# 10K steps of 128 rows. (The authors' code starts from the raw weights, not from their EMA, and
 # leaves the teacher's dropout on; here it starts from the EMA, with a teacher without dropout.)
 #     torchrun --nproc_per_node=8 train.py config/owt_dcd.py     # after config/owt_duo.py
 # Published, Gen-PPL by GPT-2 large with the greedy tail: 69.6 in 8 steps, 46.3 in 32 (without it

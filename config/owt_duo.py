@@ -3,7 +3,7 @@
 #     python prepare.py owt && torchrun --nproc_per_node=8 train.py config/owt_duo.py
 # Published: validation PPL 25.2 (AR 17.5, MDLM 23.2; without the curriculum 27.4).
 out_dir = 'out-owt-duo'
-dataset = 'owt'                      # GPT-2 BPE, packed; the last 100,000 documents validate
+dataset = 'owt'                      # GPT-2 BPE, packed; the last 100,000 documents are held out
 
 # 512 rows a step. On smaller or fewer GPUs: a smaller batch_size, more micro-batches
 batch_size = 64
@@ -33,7 +33,7 @@ warmup_iters = 2500
 cooldown_frac = 0
 ema_decay = 0.9999
 
-eval_interval = 5000                 # each 20 minutes (an estimate), with a checkpoint
+eval_interval = 5000                 # every 20 minutes (an estimate), with a checkpoint
 checkpoint_minutes = 30
 eval_iters = 64
 log_interval = 100

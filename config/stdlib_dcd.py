@@ -1,5 +1,5 @@
 # Distils what `python train.py` left in out/, with the paper's leads: two minutes on two cores. It
-# gains little, since that network's predictions are too uncertain; config/bytes_dcd.py shows more.
+# gains little (docs/results.md).
 #     python train.py config/stdlib_dcd.py
 objective = 'dcd'
 init_from = 'out'                    # its EMA weights

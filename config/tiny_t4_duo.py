@@ -1,4 +1,4 @@
-# A 34M-parameter Duo on a subset of OpenWebText, for some hours of a free T4 (15 GB, fp16).
+# A 34M-parameter Duo on a subset of OpenWebText, for a few hours on a free T4 (15 GB, fp16).
 #     python prepare.py owt --max_docs 100000 --name owt_t4 && python train.py config/tiny_t4_duo.py
 # Recent versions of Triton may not know a T4: train.py then stops. Add --compile=False.
 # Reported for this set-up: validation PPL 189.4 (NLL 5.244, BPD 7.565); AR 321.2 (5.772, 8.327).

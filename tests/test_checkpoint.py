@@ -232,6 +232,15 @@ def test_any_plain_field_of_the_network_is_saved_and_loaded(tmp_path, monkeypatc
     assert load_model(tmp_path)[0].config == Odd(256, 16, 1, 2, 16, 8)  # of before the fields
 
 
+def test_tied_weights_are_saved_and_loaded(tmp_path):
+    """As of a network whose head is its embedding, on a CPU."""
+    model = network()
+    model.output_layer.linear.weight = model.vocab_embed.embedding
+    save(tmp_path, dict(step=1), model, info_of(model), tmp_path)
+    loaded = load_model(tmp_path)[0]
+    assert torch.equal(loaded.output_layer.linear.weight, model.vocab_embed.embedding)
+
+
 def test_a_wrong_field_is_named(tmp_path):
     model = network()
     for change in (dict(window=1), dict(n_layer='1'), dict(n_head=2.0),
@@ -381,6 +390,18 @@ def test_a_card_keeps_what_its_owner_wrote(work, tmp_path):
     assert card.read_text() == 'of my own'
 
 
+def test_an_optimiser_may_keep_states_of_any_shape():
+    """Such as the rows and columns of a factored one."""
+    weights = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = torch.optim.Adafactor([weights])
+    weights.sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()['state']
+    again = torch.optim.Adafactor([weights])
+    load_optimizer(again, saved)
+    assert torch.equal(again.state[weights]['row_var'], saved[0]['row_var'])
+
+
 def test_an_optimisers_state_of_other_shapes_is_refused():
     """A fused step would read beyond such a tensor."""
     states = []
@@ -396,6 +417,9 @@ def test_an_optimisers_state_of_other_shapes_is_refused():
     states[1][0]['step'] -= 9
     with pytest.raises(ValueError, match='negative'):
         load_optimizer(optimizer, states[1])
+    states[1][0]['step'] += 9
+    with pytest.raises(ValueError, match='shapes'):
+        load_optimizer(optimizer, {0: states[1][0] | {'exp_avg': torch.zeros(())}})
     for part in ('exp_avg', 'exp_avg_sq'):
         moments = {name: m for name, m in states[1][0].items() if name != part}
         with pytest.raises(ValueError, match=f'lacks {part}'):

@@ -564,6 +564,13 @@ def test_reverse_step_frequencies(kappa, a_s, a_t):
     assert fits(np.bincount(xs, minlength=K), expected)
 
 
+def test_a_step_from_alpha_1_draws_from_the_softmax():
+    """Even if that gives the present token no probability, as a top-p does."""
+    logits = torch.full((999, 7), -torch.inf)
+    logits[:, 2] = 0
+    assert (reverse_step(logits, torch.full((999,), 5), 1.0, 1.0) == 2).all()
+
+
 def test_a_corrector_step_keeps_the_noisy_marginal():
     """kappa = 0, an exact denoiser, one token: xt ~ q(xt) gives xs ~ q(xs), by the whole vectors
     and by drawing."""

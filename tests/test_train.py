@@ -391,6 +391,28 @@ def test_the_metric_is_untouchable(work, tmp_path):
     assert abs(figures['nll'] - mean) < 4 * (figures['error'] + error)
 
 
+NEW_FIELD = '''
+@dataclass
+class DiTConfig(DiTConfig):
+    window: int = 0
+'''
+
+
+def test_init_from_takes_over_a_field_that_a_researcher_adds(work, tmp_path):
+    script = project_with(tmp_path, NEW_FIELD, 'model.py')
+    text = script.read_text()
+    for line, more in (('n_head = 4\n', 'window = 0\n'),
+                       ("causal=objective == 'ar'", ', window=window')):
+        assert text.count(line) == 1
+        text = text.replace(line, line + more)
+    script.write_text(text)
+    args = [*QUICK, '--max_iters=1', '--eval_interval=9']
+    good(run(work, script, *args, '--window=5', '--out_dir=field'))
+    good(run(work, script, *args, '--init_from=field', '--out_dir=field-2'))
+    config = json.loads((work / 'field-2/config.json').read_text())
+    assert config['model']['window'] == config['settings']['window'] == 5
+
+
 def test_two_optimisers_train_stop_and_resume_bit_for_bit(work, tmp_path):
     """Muon for the blocks' matrices beside AdamW; the loss of step 6 is not finite."""
     bad_loss = wrapped_loss("loss * (float('nan') if step == 6 else 1)")
@@ -581,6 +603,20 @@ def test_no_optimiser_steps_if_a_gradient_of_one_is_not_finite(bad, enabled, awa
             assert torch.equal(p, old) == (step == 1)
             assert (str(optimizer.state) == state) == (step == 1)
     assert scaler.get_scale() == (1.0 if not enabled else 4.0 if bad == 1e30 else 2.0)
+
+
+@pytest.mark.parametrize('bad', [math.inf, math.nan])
+def test_no_optimiser_steps_if_the_loss_alone_is_not_finite(bad):
+    """It is the mean of all processes, of which each may have finite gradients: all skip."""
+    w, v = torch.ones(3, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizers = [torch.optim.AdamW([v], fused=True), Muon([w], 1e-3)]
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    for loss in (bad, 1.0):
+        (w.sum() + v.square().sum()).backward()
+        _, finite = clip_and_step(optimizers, scaler, [w, v], 1.0, torch.tensor(loss))
+        assert bool(finite) == (loss == 1.0)
+        for p in (w, v):
+            assert p.isfinite().all() and torch.equal(p, torch.ones_like(p)) == (loss != 1.0)
 
 
 @pytest.mark.parametrize('shape', [(12, 12), (8, 24), (24, 8)])
