@@ -52,13 +52,13 @@ def load_tokenizer(meta, folder):
     else:
         encode, decode, size = load_file(Path(folder, 'tokenizer.json'),
                                          meta.get('tokenizer_sha256'))
-    # what has no text of its own; the last is MDLM's mask
-    marks = {meta.get('bos_id'): '', meta.get('pad_id'): '', eos: '\n\n',
-             meta.get('vocab_size'): '_'}
+    hidden = {meta.get('bos_id'), meta.get('pad_id')} - {eos}
+    marks = {eos: '\n\n', meta.get('vocab_size'): '_'}   # not of the text; the last: MDLM's mask
 
     def decode_with_marks(ids):
+        shown = [i for i in np.asarray(ids).tolist() if i not in hidden]
         text = ''
-        for mark, run in itertools.groupby(np.asarray(ids).tolist(), marks.get):
+        for mark, run in itertools.groupby(shown, marks.get):
             run = list(run)
             text += decode(run) if mark is None else mark * len(run)
         return text

@@ -121,7 +121,7 @@ def start_distributed(device):
     # NCCL gives up after the timeout: the others wait for the first process's checkpoints
     dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
     global control
-    # on the CPU, so it never waits for the GPU, but perhaps long for the first process's score
+    # by gloo: never waits for the GPU, but perhaps long for the first process's score
     control = dist.new_group(backend='gloo', timeout=timedelta(days=1))
     return device, dist.get_rank(), dist.get_world_size()
 

@@ -130,7 +130,7 @@ def soft_tokens(x0, gamma, tau, vocab_size, k):
     """The curriculum's input (eq. 21): softmax(w / tau) of the latent w = a onehot(x0) + s eps.
 
     Returns ids (B,T,k) and weights (B,T,k) float32, heaviest first, and zt (B,T) = argmax w. The k
-    tokens are the clean one and the k-1 that got the most noise. Their weights sum to less than 1:
+    tokens are the clean one and the k-1 that got the most noise. Their weights sum to at most 1:
     the softmax also counts all others, by their exact expected sum. No tensor of size K is made.
     With k = vocab_size it is the dense softmax. 2 <= k <= vocab_size.
     """

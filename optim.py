@@ -72,7 +72,7 @@ def clip_and_step(optimizers, scaler, params, max_norm, loss=0.0):
         can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
         if can_skip:
             optimizer.found_inf = 1.0 - finite.float()   # on the device: no CPU wait
-        if can_skip or finite:                           # scaler.step() sees only its own
+        if can_skip or finite:                           # scaler.step() checks only one
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
@@ -90,7 +90,8 @@ STATE_PARTS = {torch.optim.AdamW: {'exp_avg', 'exp_avg_sq'}, Muon: {'momentum_bu
 
 def load_optimizer(optimizer, saved):
     """Load a saved state, with this run's learning rates. ValueError if a part is missing, a step
-    count is negative, or a shape is not its parameter's (a fused step would read beyond it)."""
+    count is negative, or the shape of an AdamW's or Muon's part is not its parameter's (a fused
+    step would read beyond it)."""
     needed = STATE_PARTS.get(type(optimizer), set())
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(dict(state=saved, param_groups=groups))

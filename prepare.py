@@ -35,7 +35,7 @@ import numpy as np
 
 from data import LINE_ENDS, guarded, load_tokenizer, token_dtype
 
-name = ''                     # data set's name; '': the set's, or that of the first file or folder
+name = ''                     # of the new data set; '': the set's, or the first file's or folder's
 tokenizer = ''                # bytes, bpe (learnt from the text), gpt2, bert, or the path of a
                               # tokenizer.json or a BERT vocab.txt; '': the published one, or bpe
 vocab_size = 0                # for bpe; 0: 4096, fewer for less than 1 MB of text
@@ -185,7 +185,7 @@ def detokenise(text, kind):
 
 def read_records(path, key):
     """Yield the records of a file. A plain text is one record, {key: text}, without a byte-order
-    mark and with \n as line ends."""
+    mark and with \\n for \\r\\n."""
     if path.endswith('.parquet'):
         import datasets
         yield from datasets.load_dataset('parquet', data_files=glob.escape(path), split='train',

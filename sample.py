@@ -4,7 +4,7 @@ Denoise text out of pure noise, all tokens at once, with a model that train.py l
     python sample.py --steps 8                       # 8 network calls, and one for the last noise
     python sample.py --prompt "def main():" --watch  # go on from a prompt; watch it denoise
     python sample.py --prompt "def f(x):" --suffix "    return y"    # fill in between the two
-    python sample.py --infill "for[[2]] in range([[3]]):"            # fill holes of so many tokens
+    python sample.py --infill "for[[2]] in range([[3]]):"            # fill holes of 2 and 3 tokens
     python sample.py --prompts lines.txt --out texts.jsonl           # a prompt a line, JSON lines
     python sample.py --score lines.txt               # how likely each line of a file is
     python sample.py --html denoising.html           # a page with a slider over the steps
@@ -389,6 +389,8 @@ def infill(loaded, template, num_samples=1, **options):
 def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, and the
     informed sampler continues from there; only for a Duo."""
+    if options.pop('sampler', 'auto') not in ('auto', 'informed'):
+        raise UserError('edit is by the informed sampler')
     alpha = 1 - strength
     row = with_bos_eos(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
@@ -524,7 +526,7 @@ def read_lines(path):
 
 def main():
     utf8 = ('prompt suffix infill', lambda v: v == v.encode(errors='replace').decode(), 'UTF-8')
-    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, utf8])
+    settings = configure(SAMPLER_OPTIONS | globals() | TASKS, [*CHECKS, *SAMPLER_CHECKS, utf8])
     for one, others in EXCLUDED.items():
         for other in others.split():
             if settings[one] and settings[other]:

@@ -94,8 +94,8 @@ weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0              # 0 for none
-max_bad_steps = 20           # steps without finite gradients are skipped; if a log line finds more
-                             # than this in a row, the run ends
+max_bad_steps = 20           # steps whose loss or gradients are not finite are skipped; if a log
+                             # line finds more than this in a row, the run ends
 ema_decay = 0.99             # of the averaged weights, which are what is validated and sampled
 # --- system
 seed = 1337
@@ -304,9 +304,12 @@ def main():
         trained, info = load_model(start)
         check_start(start, info, kind, meta)
         sizes = info['model']
-    if settings['init_from'] != 'scratch':               # that network, whatever was set
+    if settings['init_from'] != 'scratch':               # its network, whatever is set here
         names = settings.keys() & sizes.keys() - {'block_size', 'dropout'}
-        settings.update({name: sizes[name] for name in names})
+        taken = {name: sizes[name] for name in names if sizes[name] != settings[name]}
+        if taken:
+            say(f'taken over from the model: {taken}')
+        settings.update(taken)
         globals().update(settings)
 
     # ---- model, its EMA, optimisers
@@ -332,7 +335,7 @@ def main():
         try:
             changed = check_resume(out_dir, state, settings, config, token_files)
             for name, part in parts.items():
-                if state[name]:                          # an unused scaler's is empty
+                if name != 'scaler' or state[name]:      # an unused scaler's is empty
                     part.load_state_dict(state[name])
             for part, saved in zip(optimizers, state['optimizers'], strict=True):
                 load_optimizer(part, saved)
@@ -447,7 +450,7 @@ def main():
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     logged_step = step
-    # where it starts, a run does not validate; with a gate a resumed run does: it may have passed
+    # where it starts, a run does not validate; with a gate a resumed run does: it may pass
     first_step = 0 if gate else step
     while True:
         # 1. VALIDATE, SAVE, STOP

@@ -1,5 +1,5 @@
 # The built-in text byte by byte. With only 256 tokens the network predicts each with more certainty
-# than train.py's default one, which may help distillation.
+# than train.py's default one, which was expected to help distillation.
 #     python prepare.py stdlib --tokenizer bytes --name stdlib_bytes
 #     python train.py config/bytes_duo.py     # then bytes_ar.py, to judge samples, and bytes_dcd.py
 dataset = 'stdlib_bytes'

@@ -564,11 +564,12 @@ def test_reverse_step_frequencies(kappa, a_s, a_t):
     assert fits(np.bincount(xs, minlength=K), expected)
 
 
-def test_a_step_from_alpha_1_draws_from_the_softmax():
-    """Even if that gives the present token no probability, as a top-p does."""
-    logits = torch.full((999, 7), -torch.inf)
-    logits[:, 2] = 0
-    assert (reverse_step(logits, torch.full((999,), 5), 1.0, 1.0) == 2).all()
+def test_a_step_at_alpha_1_replaces_only_a_token_without_a_probability():
+    """Which a top-p may leave it: by one that has some, not by noise."""
+    xt, logits = torch.full((999,), 5), torch.zeros(999, 7)
+    assert (reverse_step(logits, xt, 1.0, 1.0) == 5).all()
+    logits[:, [0, 1, 3, 4, 5, 6]] = -torch.inf
+    assert (reverse_step(logits, xt, 1.0, 1.0) == 2).all()
 
 
 def test_a_corrector_step_keeps_the_noisy_marginal():

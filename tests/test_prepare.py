@@ -336,8 +336,9 @@ def test_golden_rows_of_bert(tmp_path, hub):
         [101, hello, world, bang, 102] + [0] * 11,
         [101, the, quick, brown, fox, 102] + [0] * 10]
     assert get_rows(data['val'], [1], 4, meta).tolist() == [[101, the, quick, 102]]
-    text = load_tokenizer(meta, tmp_path / 'data/lm1b').decode(rows[1])
-    assert text.strip() == 'hello world!'  # no [CLS], no [PAD]
+    decode = load_tokenizer(meta, tmp_path / 'data/lm1b').decode
+    assert decode(rows[1]).strip() == 'hello world!'  # no [CLS], no [PAD]
+    assert decode([the, 0, quick, 101, brown]).strip() == 'the quick brown'
     meta, data = prepared(tmp_path, hub, 'lm1b_packed', DOCUMENTS, '--tokenizer', VOCAB)
     assert (meta['bos_id'], meta['eos_id'], meta['pad_id']) == (101, 101, None)
     assert num_rows(data['val'], 16) == 2

@@ -161,6 +161,10 @@ def test_edit_mends_a_text_and_a_stronger_edit_changes_more(trained):
         texts = edit(loaded, 'zebra' * 8, strength, 4, steps=8, redraws=0.01)
         changed.append(sum(a != b for text in texts for a, b in zip(text.strip('\n'), 'zebra' * 8)))
     assert changed[0] < changed[1]
+    with pytest.raises(UserError, match='informed'):
+        edit(loaded, TEXT, 0.2, sampler='psi')
+    with pytest.raises(UserError, match='informed'):
+        edit(of_model(random_model(6), 'mdlm'), 'ab')
 
 
 def test_scores_and_holes_from_the_command_line(trained):
