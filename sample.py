@@ -158,7 +158,8 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
     """Corrects instead of denoising: at a level alpha that rises from alpha_min to alpha_max, each
     call redraws a share of the places, the most surprising ones, from q_i = alpha p_i +
     (1 - alpha)/K (see gibbs_step); the last call removes the noise. The share falls linearly, and
-    the shares sum to redraws: a place is redrawn so many times on average (where steps allows it).
+    the shares sum to redraws: in any number of steps, a place is redrawn so many times on average
+    (unless they are fewer than redraws).
 
     With one place chosen at random the move is exact: it leaves the network's distribution of noisy
     text at alpha as it is. Many places at once, chosen by surprise, make text that is likelier and
@@ -167,7 +168,8 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
     alphas = ramp(alpha_min, alpha_max, steps + 1)
     shares = redraws * ramp(2, 0, steps + 1)[:-1] / (steps + 1)
     n_free = (~fixed).sum(-1, keepdim=True)                                # (B,1)
-    for alpha, share in zip(alphas[:-1].tolist(), shares.tolist()):
+    before = 0
+    for alpha, so_far in zip(alphas[:-1].tolist(), shares.cumsum(0).tolist()):
         surprises = []                   # draw is called a chunk of tokens at a time
 
         def draw(logits, x):             # (n,K), (n,) -> (n,)
@@ -177,7 +179,9 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
         xs = step(xt, alpha, draw)
         surprise = torch.cat(surprises).view_as(xt).masked_fill(fixed, -1)
         rank = surprise.argsort(descending=True).argsort()
-        xt = torch.where(rank < share * n_free, xs, xt)
+        redrawn = (so_far * n_free).round()                                # (B,1)
+        xt = torch.where(rank < redrawn - before, xs, xt)
+        before = redrawn
         yield xt
     yield from denoise_along(step, xt, alphas[-1:], torch.ones(0), greedy)
 

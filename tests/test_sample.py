@@ -145,8 +145,8 @@ def unmasking(p, alpha_s, alpha_t, kappa):
     ('duo', dict(sampler='psi', psi='cap', eta=0.3)),
     ('duo', dict(sampler='psi', psi='rescale', eta=0.7, temperature=2.0)),
     ('duo', dict(sampler='psi', psi='cap', eta=0.05, temperature=0.7)),
-    ('duo', dict(sampler='informed', temperature=2.0, top_p=1.0)),
-    ('duo', dict(sampler='informed', temperature=3.0, top_p=0.7)),
+    ('duo', dict(sampler='informed', temperature=2.0, top_p=1.0, redraws=9.0)),
+    ('duo', dict(sampler='informed', temperature=3.0, top_p=0.7, redraws=9.0)),
     ('mdlm', dict(temperature=0.5)),
     ('mdlm', dict(temperature=2.0, top_p=0.7)),
     ('mdlm', dict(sampler='psi', psi='cap', eta=0.3)),
@@ -264,16 +264,17 @@ def test_one_place_at_random_is_a_gibbs_move(n=60_000, alpha=0.6):
     assert not fits(pairs_of(right), model.noised(0.7).flatten().numpy())
 
 
-def test_a_place_is_redrawn_so_often_and_only_if_it_is_free(T=100, K=50):
+@pytest.mark.parametrize('steps', [5, 20, 400])
+def test_a_place_is_redrawn_so_often_and_only_if_it_is_free(steps, T=100, K=50):
     """Where no token surprises, all free places share the redraws; fixed ones take none of them."""
     loaded = loaded_spy(torch.zeros(K))
     start = sample_prior(loaded.info, (20, T))
     fixed = (torch.arange(T) % 2 == 0).expand(20, T)
-    frames = [start, *denoise(loaded, start, fixed, steps=20, sampler='informed', redraws=3.0,
+    frames = [start, *denoise(loaded, start, fixed, steps=steps, sampler='informed', redraws=2.0,
                               top_p=1.0)]
     changes = sum((a != b).float() for a, b in zip(frames, frames[1:-1]))     # not the last call
     assert (changes[fixed] == 0).all()
-    assert changes[~fixed].mean().item() == pytest.approx(3 * (1 - 1 / K), abs=0.3)
+    assert changes[~fixed].mean().item() == pytest.approx(2 * (1 - 1 / K), abs=0.03)
 
 
 def test_surprise_is_that_of_the_conditional():
