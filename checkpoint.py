@@ -116,7 +116,8 @@ def write_model(folder, weights, info, tokenizer_from):
     tokenizer = f'{tokenizer_from}/tokenizer.json'
     if os.path.exists(tokenizer):
         write_whole(f'{folder}/tokenizer.json', lambda path: shutil.copyfile(tokenizer, path))
-    weights = {name: w.cpu().contiguous().clone() for name, w in weights.items()}   # tied ones too
+    # copies, since safetensors refuses tensors that share memory, as tied weights do
+    weights = {name: w.to('cpu', copy=True).contiguous() for name, w in weights.items()}
     header = dict(format='pt', sha256=checksum(weights, info))
     write_whole(f'{folder}/model.safetensors',
                 lambda path: path.write_bytes(tensor_bytes(weights, header)))

@@ -53,7 +53,7 @@ def load_tokenizer(meta, folder):
         encode, decode, size = load_file(Path(folder, 'tokenizer.json'),
                                          meta.get('tokenizer_sha256'))
     hidden = {meta.get('bos_id'), meta.get('pad_id')} - {eos}
-    marks = {eos: '\n\n', meta.get('vocab_size'): '_'}   # not of the text; the last: MDLM's mask
+    marks = {eos: '\n\n', meta.get('vocab_size'): '_'}   # without a text: eos, MDLM's mask
 
     def decode_with_marks(ids):
         shown = [i for i in np.asarray(ids).tolist() if i not in hidden]

@@ -72,7 +72,7 @@ def clip_and_step(optimizers, scaler, params, max_norm, loss=0.0):
         can_skip = getattr(optimizer, '_step_supports_amp_scaling', False)
         if can_skip:
             optimizer.found_inf = 1.0 - finite.float()   # on the device: no CPU wait
-        if can_skip or finite:                           # scaler.step() checks only one
+        if can_skip or finite:                           # scaler.step() checks one optimizer only
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()

@@ -168,7 +168,7 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
     alphas = ramp(alpha_min, alpha_max, steps + 1)
     shares = redraws * ramp(2, 0, steps + 1)[:-1] / (steps + 1)
     n_free = (~fixed).sum(-1, keepdim=True)                                # (B,1)
-    before = 0
+    redrawn = 0                          # places so far, (B,1)
     for alpha, so_far in zip(alphas[:-1].tolist(), shares.cumsum(0).tolist()):
         surprises = []                   # draw is called a chunk of tokens at a time
 
@@ -179,9 +179,9 @@ def informed(step, xt, fixed, steps, greedy, redraws, alpha_min, alpha_max, **_)
         xs = step(xt, alpha, draw)
         surprise = torch.cat(surprises).view_as(xt).masked_fill(fixed, -1)
         rank = surprise.argsort(descending=True).argsort()
-        redrawn = (so_far * n_free).round()                                # (B,1)
-        xt = torch.where(rank < redrawn - before, xs, xt)
-        before = redrawn
+        target = (so_far * n_free).round()
+        xt = torch.where(rank < target - redrawn, xs, xt)
+        redrawn = target
         yield xt
     yield from denoise_along(step, xt, alphas[-1:], torch.ones(0), greedy)
 
@@ -394,7 +394,7 @@ def edit(loaded, text, strength=0.3, num_samples=1, **options):
     """A list of num_samples variations of a text. It is noised to alpha = 1 - strength, and the
     informed sampler continues from there; only for a Duo."""
     if options.pop('sampler', 'auto') not in ('auto', 'informed'):
-        raise UserError('edit is by the informed sampler')
+        raise UserError('edit needs the informed sampler')
     alpha = 1 - strength
     row = with_bos_eos(loaded, loaded.tokenizer.encode(text))
     x0, fixed = fill_holes(loaded, [row], num_samples)
@@ -413,7 +413,8 @@ def score(loaded, texts, given='', suffix='', draws=32, seed=1337):
     NELBO, with noise on the text alone, from the same seeds for all texts."""
     encode = loaded.tokenizer.encode
     before, after = encode(given), encode(suffix)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):      # keep the caller's state
+    dev = loaded.model.output_layer.linear.weight.device
+    with torch.random.fork_rng([dev] if dev.type == 'cuda' else []):   # keep the caller's state
         parts = [(before, encode(text), after) for text in texts]
         return score_rows(loaded, parts, draws, seed)
 

@@ -305,8 +305,8 @@ def main():
         check_start(start, info, kind, meta)
         sizes = info['model']
     if settings['init_from'] != 'scratch':               # its network, whatever is set here
-        names = settings.keys() & sizes.keys() - {'block_size', 'dropout'}
-        taken = {name: sizes[name] for name in names if sizes[name] != settings[name]}
+        taken = {name: value for name, value in sizes.items()
+                 if settings.get(name, value) != value and name not in ('block_size', 'dropout')}
         if taken:
             say(f'taken over from the model: {taken}')
         settings.update(taken)
@@ -450,7 +450,7 @@ def main():
     signals = catch_signals()                            # a scheduler's, or Ctrl-C
     ticked = saved = time.monotonic()
     logged_step = step
-    # where it starts, a run does not validate; with a gate a resumed run does: it may pass
+    # where it starts, a run does not validate; a resumed one with a gate does: it may have passed
     first_step = 0 if gate else step
     while True:
         # 1. VALIDATE, SAVE, STOP
